@@ -1,0 +1,32 @@
+# Two commands set everything up on a fresh machine that has only Python >= 3.11:
+#   make demo    zip the two networks that ship with the package, print the table, write the report
+#   make test    run the tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The two onnxruntime wheels exclude each other: gpu only where an NVIDIA driver answers.
+RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.installed
+	$(BIN)/onnxmerge demo --overwrite
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy sees the installed package: the three source folders are one package only once installed.
+types: $(VENV)/.installed
+	cd / && $(abspath $(BIN))/python -m mypy --config-file $(abspath pyproject.toml) -p onnxmerge
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-out

@@ -1,0 +1,1 @@
+"""onnxmerge: merge trained ONNX networks of different tasks into one."""

@@ -1,0 +1,136 @@
+"""The result of a method: what `report.json` holds (schema 1), what Python callers get back, what the table prints.
+
+A figure that was not measured is None, never 0.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class InputRecord(_Record):
+    """One original model. `bytes` is the size of the file, external data included."""
+
+    task: str
+    path: str
+    sha256: str
+    parameters: int
+    bytes: int
+
+
+class TaskScore(_Record):
+    """How one task fares in a candidate, on held-out data; fractions in 0..1."""
+
+    accuracy: float | None = None
+    original_accuracy: float | None = None
+    agreement: float | None = None
+    """Share of held-out samples on which merged and original name the same class (classifiers only)."""
+    relative_error: float | None = None
+    """|merged - original| / |original|, Frobenius norms over all held-out outputs."""
+
+    @property
+    def drop(self) -> float | None:
+        """What `--max-drop` bounds: accuracy lost where labels exist, else disagreement, else relative error."""
+        if self.accuracy is not None and self.original_accuracy is not None:
+            return self.original_accuracy - self.accuracy
+        if self.agreement is not None:
+            return 1.0 - self.agreement
+        return self.relative_error
+
+
+class LatencyRecord(_Record):
+    """Median milliseconds for one run of the merged model and of all originals one after the other."""
+
+    merged: float | None = None
+    separate: float | None = None
+    """Originals in one session each, all with `session.force_spinning_stop=1`: the honest baseline."""
+    separate_default: float | None = None
+    """Originals in one session each, onnxruntime's defaults."""
+    speedup: float | None = None
+    """separate / merged."""
+
+
+class MemoryRecord(_Record):
+    """Unique set size in MB (1e6 bytes) of a fresh process, sessions loaded and warmed up, less the bare process."""
+
+    merged: float | None = None
+    separate: float | None = None
+
+
+class Candidate(_Record):
+    """One merged model. `share` is the number k of stem units (layers or blocks) computed once."""
+
+    name: str
+    share: int
+    path: str | None
+    parameters: int
+    bytes: int
+    tasks: dict[str, TaskScore]
+    latency_ms: LatencyRecord = Field(default_factory=LatencyRecord)
+    memory_mb: MemoryRecord = Field(default_factory=MemoryRecord)
+    steps: int
+    seconds: float
+    start: str | None = None
+    """Where the stem's weights came from, e.g. "least-squares", "average", or a task whose stem was kept as it is."""
+    shared_layers: int | None = None
+    """Layers inside the stem, of `total_layers` per network."""
+    total_layers: int | None = None
+    losses: list[tuple[int, float]] = Field(default_factory=list)
+    """Held-out calibration loss: (step, loss), step 0 being the closed form."""
+
+    @property
+    def worst_drop(self) -> float | None:
+        """The largest `TaskScore.drop` of all tasks; None when no task was scored."""
+        drops = [score.drop for score in self.tasks.values() if score.drop is not None]
+        return max(drops) if drops else None
+
+
+class LayerSimilarity(_Record):
+    """How alike the originals are at one stem layer, after alignment."""
+
+    unit: int
+    """Stem unit (1-based) the layer belongs to."""
+    layer: str
+    channels: int
+    correlation: float
+    """Mean correlation of matched channels' pre-activations on the same inputs."""
+    correlation_unaligned: float
+    """The same before alignment: channel i with channel i."""
+    cka: float
+    """Linear CKA of the centred pre-activations; needs no alignment."""
+
+
+class Result(_Record):
+    """What a method returns and `report.json` stores."""
+
+    schema_version: int = Field(default=1, alias="schema")
+    method: str
+    versions: dict[str, str]
+    inputs: list[InputRecord]
+    candidates: list[Candidate]
+    chosen: str | None
+    """Name of the chosen candidate; None when none met `--max-drop`."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    similarity: list[LayerSimilarity] = Field(default_factory=list)
+    units: list[str] = Field(default_factory=list)
+    """The stem's units in order; candidate k shares the first k."""
+    yardstick: dict[str, float] = Field(default_factory=dict)
+    """Top-1 agreement between originals that have the same number of classes, keyed "A ~ B"."""
+    notes: list[str] = Field(default_factory=list)
+    """Sentences a reader must know: what stopped early, what was not shared and why."""
+
+    def to_json(self) -> str:
+        """The text of `report.json`."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def candidate(self, name: str) -> Candidate:
+        """The candidate called `name`; KeyError when there is none."""
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate
+        raise KeyError(name)
