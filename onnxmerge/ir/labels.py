@@ -1,0 +1,139 @@
+"""Run a graph on labels instead of numbers: the trace that the label rules write to.
+
+Each value carries an integer array that broadcasts against its shape: size 1 on axes that carry no channels (batch,
+space), an *atom* id for each index on axes that do. Two atoms that a rule unites are the same channel. A *use* says
+which atoms the slots along some axes of a constant belong to; a frozen atom must keep its place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as oir
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+NO_CHANNEL = -1
+"""The label of an axis, or of an index, that carries no channel."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A restriction of a use to `start:stop` on `axis` of the constant (one group of a grouped convolution)."""
+
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """The slots along `axes` (flattened together, C order) of the constant `name` belong to `atoms`."""
+
+    name: str
+    axes: tuple[int, ...]
+    atoms: np.ndarray
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A node that fixes the order of channels, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+@dataclass
+class Trace:
+    """Labels of all values seen so far, and what the rules said of them."""
+
+    uses: list[Use] = field(default_factory=list)
+    frozen: list[Frozen] = field(default_factory=list)
+    tags: list[np.ndarray] = field(default_factory=list)
+    """Sets of atoms that must not mix with others (the channels of one group)."""
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    atoms: int = 0
+    _united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    _fixed: list[np.ndarray] = field(default_factory=list)
+
+    def label(self, value: oir.Value) -> np.ndarray:
+        """The label array of `value`, of its rank; all of size 1 when it carries no channels."""
+        known = self.labels.get(value.name or "")
+        return no_channels(rank(value)) if known is None else known
+
+    def set_label(self, value: oir.Value, label: np.ndarray) -> None:
+        """Give `value` its label; axes along which it does not vary shrink to size 1."""
+        for axis, size in enumerate(label.shape):
+            if size > 1 and (label == label.take([0], axis)).all():
+                label = label.take([0], axis)
+        if (label != NO_CHANNEL).any():
+            self.labels[value.name or ""] = label
+
+    def fresh(self, count: int) -> np.ndarray:
+        """`count` new atoms."""
+        self.atoms += count
+        return np.arange(self.atoms - count, self.atoms, dtype=np.int64)
+
+    def unite(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Say that the atoms of `left` and `right` are the same channels, index by index after broadcasting."""
+        left, right = np.broadcast_arrays(left, right)
+        self._united.append((left.ravel(), right.ravel()))
+
+    def use(self, constant: oir.Value, axes: Sequence[int], atoms: np.ndarray, rows: Rows | None = None) -> None:
+        """Record that the slots along `axes` of `constant` belong to `atoms`."""
+        self.uses.append(Use(constant.name or "", tuple(axes), atoms.ravel(), rows))
+
+    def tag(self, atoms: np.ndarray) -> None:
+        """Keep `atoms` among themselves."""
+        self.tags.append(atoms.ravel())
+
+    def fix(self, atoms: np.ndarray) -> None:
+        """Fix the place of `atoms` without blaming a node (graph outputs)."""
+        self._fixed.append(atoms[atoms != NO_CHANNEL].ravel())
+
+    def freeze(self, node: oir.Node, reason: str, *labels: np.ndarray) -> None:
+        """Fix the place of every atom in `labels` because of `node`; does nothing where they carry none."""
+        if any((label != NO_CHANNEL).any() for label in labels):
+            self.frozen.append(Frozen(node.name or node.outputs[0].name or "", node.op_type, reason))
+            for label in labels:
+                self.fix(label)
+
+    def classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each atom the id of its class, and for each class whether it is fixed."""
+        pairs = self._united or [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        left = np.concatenate([pair[0] for pair in pairs])
+        right = np.concatenate([pair[1] for pair in pairs])
+        real = (left != NO_CHANNEL) & (right != NO_CHANNEL)
+        graph = coo_matrix((np.ones(real.sum(), np.int8), (left[real], right[real])), shape=(self.atoms, self.atoms))
+        count, classes = connected_components(graph, directed=False)
+        fixed = np.zeros(count, bool)
+        for atoms in self._fixed:
+            fixed[classes[atoms]] = True
+        return classes, fixed
+
+
+def no_channels(dimensions: int) -> np.ndarray:
+    """The label of a value of that rank that carries no channels."""
+    return np.full((1,) * dimensions, NO_CHANNEL, dtype=np.int64)
+
+
+def rank(value: oir.Value) -> int:
+    """Rank of `value`; 0 when its shape is unknown."""
+    return 0 if value.shape is None else len(value.shape)
+
+
+def dims(value: oir.Value) -> tuple[int | None, ...]:
+    """Sizes of `value`, None where symbolic."""
+    return () if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def carries(label: np.ndarray) -> bool:
+    """Whether any index of `label` is a channel."""
+    return bool((label != NO_CHANNEL).any())
+
+
+def channel_axes(label: np.ndarray) -> tuple[int, ...]:
+    """The axes of `label` along which channels vary."""
+    return tuple(axis for axis, size in enumerate(label.shape) if size > 1)
