@@ -48,15 +48,21 @@ class Permute(oir.passes.InPlacePass):
 def permute_slots(array: np.ndarray, slots: Slots, permutation: np.ndarray) -> np.ndarray:
     """`array` with the channels in `slots` permuted; the shape stays."""
     result = np.array(array)
-    part = result
-    if slots.rows is not None:
-        inside = [slice(None)] * array.ndim
-        inside[slots.rows.axis] = slice(slots.rows.start, slots.rows.stop)
-        part = result[tuple(inside)]
-    front = list(range(len(slots.axes)))
-    moved = np.moveaxis(part, slots.axes, front)
-    shape = moved.shape
-    flat = np.array(moved).reshape(-1, *shape[len(front) :])
-    flat[slots.index.ravel()] = flat[slots.index[permutation].ravel()]
-    moved[...] = flat.reshape(shape)
+    flat = slot_rows(result, slots)
+    renewed = np.array(flat)
+    renewed[slots.index.ravel()] = flat[slots.index[permutation].ravel()]
+    moved = np.moveaxis(_inside(result, slots), slots.axes, range(len(slots.axes)))
+    moved[...] = renewed.reshape(moved.shape)
     return result
+
+
+def slot_rows(array: np.ndarray, slots: Slots) -> np.ndarray:
+    """[slots, ...]: `array` with the axes of `slots` first and flattened, limited to its rows; a view or a copy."""
+    moved = np.moveaxis(_inside(array, slots), slots.axes, range(len(slots.axes)))
+    return moved.reshape(-1, *moved.shape[len(slots.axes) :])
+
+
+def _inside(array: np.ndarray, slots: Slots) -> np.ndarray:
+    if slots.rows is None:
+        return array
+    return array[(slice(None),) * slots.rows.axis + (slice(slots.rows.start, slots.rows.stop),)]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from numpy.lib import format as npy
 from onnxmerge.errors import UsageError
 
 _ENCRYPTED = 0x1  # bit 0 of a zip member's flags
+_LOCAL_HEADER_MAGIC, _LOCAL_HEADER_SIZE = b"PK\x03\x04", 30
 
 
 class Archive:
@@ -36,8 +38,10 @@ class Archive:
                 members = archive.infolist()
         except FileNotFoundError:
             raise UsageError(f"{path}: no such file") from None
-        except zipfile.BadZipFile as error:
-            raise UsageError(f"{path}: is not a whole .npz archive (a zip file of arrays); it may be cut off") from error
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise UsageError(
+                f"{path}: is not a whole .npz archive (a zip file of arrays); it may be cut off"
+            ) from error
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
         self._members: Mapping[str, zipfile.ZipInfo] = {
@@ -79,7 +83,7 @@ class Archive:
             version = npy.read_magic(file)
             read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
             shape, fortran_order, dtype = read_header(file)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, SyntaxError, tokenize.TokenError) as error:  # numpy lets the latter two through
             raise UsageError(f"{self.path}: array {name!r} has no header of the .npy format") from error
         if dtype.hasobject:
             raise UsageError(f"{self.path}: array {name!r} holds Python objects, which are never unpickled")
@@ -107,9 +111,9 @@ def _unpack(packed: IO[bytes], unpacked: IO[bytes], name: str, path: Path) -> No
 def _data_offset(file: BinaryIO, member: zipfile.ZipInfo) -> int:
     """Where a stored member's data begins: after its local header, whose name and extra field vary in length."""
     file.seek(member.header_offset)
-    header = file.read(zipfile.sizeFileHeader)
-    if len(header) < zipfile.sizeFileHeader or not header.startswith(zipfile.stringFileHeader):
+    header = file.read(_LOCAL_HEADER_SIZE)
+    if len(header) < _LOCAL_HEADER_SIZE or not header.startswith(_LOCAL_HEADER_MAGIC):
         raise zipfile.BadZipFile("its local header is missing")
     name_length = int.from_bytes(header[26:28], "little")
     extra_length = int.from_bytes(header[28:30], "little")
-    return member.header_offset + zipfile.sizeFileHeader + name_length + extra_length
+    return member.header_offset + _LOCAL_HEADER_SIZE + name_length + extra_length

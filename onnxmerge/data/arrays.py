@@ -1,13 +1,13 @@
 """Datasets made of named arrays: which array feeds which input, and whether it fits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from onnxmerge.data.archive import Archive
 from onnxmerge.data.dataset import Batch, Dataset, InputSpec, Split, hold_out
-from onnxmerge.data.prepare import Preparation, convert, describe, is_floating
+from onnxmerge.data.prepare import Preparation, describe, is_floating
 from onnxmerge.errors import UsageError
 
 LABELS = "labels"
@@ -25,6 +25,19 @@ class Names:
     labels: str | None = None
     test_inputs: Mapping[str, str] = field(default_factory=dict)
     test_labels: str | None = None
+
+    def completed(self, specs: Sequence[InputSpec], present: Collection[str]) -> "Names":
+        """The same with every input named; labels and test samples are left out where nothing speaks of them.
+
+        An array that feeds an input is never taken for labels, whatever its name.
+        """
+        inputs = {spec.name: self.inputs.get(spec.name, spec.name) for spec in specs}
+        test_inputs = {spec.name: self.test_inputs.get(spec.name, TEST + spec.name) for spec in specs}
+        free = set(present) - set(inputs.values()) - set(test_inputs.values())
+        labels = self.labels or (LABELS if LABELS in free else None)
+        test_labels = self.test_labels or (TEST + LABELS if TEST + LABELS in free else None)
+        holds_test = bool(self.test_inputs or test_labels or set(test_inputs.values()) & set(present))
+        return Names(inputs, labels, test_inputs if holds_test else {}, test_labels)
 
 
 class ArraySamples:
@@ -70,16 +83,16 @@ class ArraySamples:
     def __len__(self) -> int:
         return len(self._arrays[self._specs[0].name][1])
 
-    def sample_shape(self, spec: InputSpec) -> tuple[int, ...]:
-        """The shape of one stored sample for an input."""
-        return self._arrays[spec.name][1].shape[1:]
+    def stored_shape(self, spec: InputSpec) -> tuple[int, ...]:
+        """The shape of the array that feeds an input."""
+        return self._arrays[spec.name][1].shape
 
     def read(self, rows: np.ndarray) -> Batch:
         """See `Samples.read`."""
         inputs = {}
         for spec in self._specs:
             name, array = self._arrays[spec.name]
-            values = self._preparation.apply(array[rows], spec, self._source)
+            values = self._preparation.apply(array[rows], spec, f"{self._source}: array {name!r}")
             if is_floating(spec.dtype) and not np.isfinite(values).all():
                 bad = next(row for row, sample in zip(rows, values, strict=True) if not np.isfinite(sample).all())
                 raise UsageError(
@@ -100,84 +113,67 @@ class ArraySamples:
 
 
 def load_archive(
-    archive: Archive, specs: Sequence[InputSpec], seed: int, names: Names | None = None, preparation: Preparation | None = None
+    archive: Archive, specs: Sequence[InputSpec], seed: int, names: Names, preparation: Preparation
 ) -> Dataset:
-    """The samples of an `.npz`.
-
-    Args:
-        archive: The file.
-        specs: The model's inputs.
-        seed: Chooses which tenth is held out where the file has no test samples.
-        names: Which array feeds which input.
-        preparation: How stored values become what the model is fed; None feeds them as they are.
+    """The samples of an `.npz`; without test samples of its own, a tenth chosen by `seed` is held out.
 
     Raises:
         UsageError: an array is missing or does not fit.
     """
     source = str(archive.path)
-    names = names or Names()
-    preparation = preparation or Preparation()
-    calibration_names = {spec.name: names.inputs.get(spec.name, spec.name) for spec in specs}
-    test_names = {spec.name: names.test_inputs.get(spec.name, TEST + spec.name) for spec in specs}
-    used = {*calibration_names.values(), *test_names.values()}
-
-    def samples(array_names: Mapping[str, str], asked: str | None, standard: str) -> ArraySamples:
-        """The samples in the arrays named, with the labels asked for or, where they exist, those of standard name."""
-        labels = asked or (standard if standard in archive.names and standard not in used else None)
-        if labels is not None and labels not in archive.names:
-            raise UsageError(f"{source}: has no array {labels!r} for the labels; it has {_listed(archive.names)}")
-        arrays = {name: (array, archive.open(array)) for name, array in array_names.items()}
-        return ArraySamples(source, specs, arrays, labels and (labels, archive.open(labels)), preparation)
-
-    missing = [name for name, array in calibration_names.items() if array not in archive.names]
-    if missing:
-        raise UsageError(_missing_array(archive, specs, missing[0], calibration_names[missing[0]], names, preparation))
-    calibration = samples(calibration_names, names.labels, LABELS)
-
-    absent = [array for array in test_names.values() if array not in archive.names]
-    test_labels = names.test_labels or (TEST + LABELS if TEST + LABELS in archive.names else None)
-    expects_test = bool(names.test_inputs) or len(absent) < len(specs) or (test_labels and test_labels not in used)
-    if absent and expects_test:
-        found = _listed([name for name in archive.names if name in test_names.values() or name == test_labels])
-        raise UsageError(
-            f"{source}: has {found} to hold out, but no array {absent[0]!r}"
-            if found
-            else f"{source}: has no array {absent[0]!r} to hold out; it has {_listed(archive.names)}"
-        )
-    if not expects_test:
+    full = names.completed(specs, archive.names)
+    calibration = _open_samples(archive, specs, full.inputs, full.labels, preparation)
+    if not full.test_inputs:
         return hold_out(source, calibration, seed)
-    held_out = samples(test_names, names.test_labels, TEST + LABELS)
+    held_out = _open_samples(archive, specs, full.test_inputs, full.test_labels, preparation)
     for spec in specs:
-        if held_out.sample_shape(spec) != calibration.sample_shape(spec):
+        test_shape, shape = held_out.stored_shape(spec), calibration.stored_shape(spec)
+        if test_shape[1:] != shape[1:]:
             raise UsageError(
-                f"{source}: array {test_names[spec.name]!r} has samples of shape {held_out.sample_shape(spec)}, "
-                f"but those of {calibration_names[spec.name]!r} have {calibration.sample_shape(spec)}"
+                f"{source}: array {full.test_inputs[spec.name]!r} has shape {describe(test_shape)}, "
+                f"but {full.inputs[spec.name]!r} has {describe(shape)}"
             )
     return Dataset(source, Split(calibration), Split(held_out))
 
 
-def _missing_array(
-    archive: Archive, specs: Sequence[InputSpec], name: str, array: str, names: Names, preparation: Preparation
-) -> str:
-    """The sentence for an input without an array: what is there, what was expected, and the likely remedy."""
-    spec = next(spec for spec in specs if spec.name == name)
-    wanted = f"{array!r} (which the data card names for it)" if name in names.inputs else f"{array!r}"
+def _open_samples(
+    archive: Archive,
+    specs: Sequence[InputSpec],
+    array_names: Mapping[str, str],
+    labels_name: str | None,
+    preparation: Preparation,
+) -> ArraySamples:
+    """Map the arrays named for each input, and the labels if any."""
+    for spec in specs:
+        if array_names[spec.name] not in archive.names:
+            raise UsageError(_missing_array(archive, specs, spec, array_names[spec.name]))
+    if labels_name is not None and labels_name not in archive.names:
+        raise UsageError(
+            f"{archive.path}: has no array {labels_name!r} for the labels; it has {_listed(archive.names)}"
+        )
+    arrays = {spec.name: (array_names[spec.name], archive.open(array_names[spec.name])) for spec in specs}
+    labels = None if labels_name is None else (labels_name, archive.open(labels_name))
+    return ArraySamples(str(archive.path), specs, arrays, labels, preparation)
+
+
+def _missing_array(archive: Archive, specs: Sequence[InputSpec], spec: InputSpec, wanted: str) -> str:
+    """The sentence for an input without an array: what was expected, what is there, and the likely remedy."""
     sentence = (
-        f"{archive.path}: has no array {wanted} for the model's input {name!r} {describe(spec.shape)}; "
-        f"it has {_listed(archive.names) or 'no arrays'}"
+        f"{archive.path}: has no array {wanted!r} for the model's input {spec.name!r} {describe(spec.shape)}; "
+        f"it has {_listed(archive.names) or 'no arrays at all'}"
     )
     if len(specs) > 1:
         return sentence
-    fitting = []
-    for candidate in archive.names:
-        if candidate == LABELS or candidate.startswith(TEST):
-            continue
-        stored = archive.open(candidate)
-        if stored.ndim and spec.accepts(stored.shape[1:]):
-            fitting.append(candidate)
+    candidates = [name for name in archive.names if name != LABELS and not name.startswith(TEST)]
+    fitting = [name for name in candidates if _shape_fits(archive.open(name).shape, spec)]
     if len(fitting) != 1:
         return sentence
-    return f"{sentence}, of which {fitting[0]!r} fits: rename it, or map it in a data card (inputs: {{{name}: {fitting[0]}}})"
+    remedy = f"rename it, or map it in a data card (inputs: {{{spec.name}: {fitting[0]}}})"
+    return f"{sentence}, of which {fitting[0]!r} fits: {remedy}"
+
+
+def _shape_fits(shape: tuple[int, ...], spec: InputSpec) -> bool:
+    return len(shape) > 0 and spec.accepts(shape[1:])
 
 
 def _check_type(source: str, name: str, array: np.ndarray, spec: InputSpec, preparation: Preparation) -> None:

@@ -25,15 +25,19 @@ class ImageInput:
 
     @classmethod
     def of(cls, spec: InputSpec) -> "ImageInput | None":
-        """Judge an input's shape: (N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels; None when it is neither."""
+        """Judge an input's shape: (N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels; None when it is neither.
+
+        Where tiny images leave both open, the smaller size is taken for the channels, and (N, C, H, W) breaks a tie.
+        """
         if len(spec.shape) != 4:
             return None
         _, first, second, last = spec.shape
-        if first in IMAGE_CHANNELS:
+        candidates = [size for size in (first, last) if size in IMAGE_CHANNELS]
+        if not candidates:
+            return None
+        if first == min(candidates):
             return cls(first, second, last, channels_first=True)
-        if last in IMAGE_CHANNELS:
-            return cls(last, first, second, channels_first=False)
-        return None
+        return cls(min(candidates), first, second, channels_first=False)
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,27 @@ class Preparation:
         """Whether values change, so that integers may be fed to an input of floating type."""
         return not (self.scale is None and self.mean is None and self.std is None)
 
-    def apply(self, rows: np.ndarray, spec: InputSpec, source: str) -> np.ndarray:
-        """Prepare samples for `spec`; `rows` is (samples, ...) as stored, the result is of `spec`'s type.
+    def apply(self, rows: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
+        """Prepare samples for `spec`.
+
+        Args:
+            rows: (samples, ...) as stored.
+            spec: The model's input.
+            where: What an error names: the file and, where there is one, the array.
+
+        Returns:
+            (samples, ...) of `spec`'s type, not yet checked against its shape.
 
         Raises:
             UsageError: layout, resize, mean or std do not fit the samples or the model's input.
         """
         if self.layout or self.resize:
-            rows = self._arrange(rows, spec, source)
+            rows = self._arrange(rows, spec, where)
         if self.normalises and is_floating(spec.dtype):
-            rows = self._normalise(rows, spec, source)
-        return convert(rows, spec, source)
+            rows = self._normalise(rows, spec, where)
+        return convert(rows, spec, where)
 
-    def target_size(self, image: ImageInput, source: str, spec: InputSpec) -> tuple[int, int]:
+    def target_size(self, image: ImageInput, spec: InputSpec, where: str) -> tuple[int, int]:
         """The (height, width) that `resize` means for an input.
 
         Raises:
@@ -77,57 +89,54 @@ class Preparation:
             return self.resize
         if image.height is None or image.width is None:
             raise UsageError(
-                f"{source}: the model's input {spec.name!r} {describe(spec.shape)} takes images of any size; "
+                f"{where}: the model's input {spec.name!r} {describe(spec.shape)} takes images of any size; "
                 "name one in a data card (resize: [height, width])"
             )
         return image.height, image.width
 
-    def _arrange(self, rows: np.ndarray, spec: InputSpec, source: str) -> np.ndarray:
+    def _arrange(self, rows: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
         """Bring images into the model's layout and size."""
-        image = require_image_input(spec, source)
+        image = require_image_input(spec, where)
         stored = self.layout or ("NCHW" if image.channels_first else "NHWC")
         if rows.ndim != len(stored):
-            raise UsageError(
-                f"{source}: the array for the model's input {spec.name!r} has shape {describe((None, *rows.shape[1:]))}, "
-                f"which is not of layout {stored}"
-            )
+            raise UsageError(f"{where} has shape {describe((None, *rows.shape[1:]))}, which is not of layout {stored}")
         if stored == "NHW":
             rows = rows[..., np.newaxis]
         elif stored == "NCHW":
             rows = rows.transpose(0, 2, 3, 1)
         if self.resize:
-            rows = _resize(rows, self.target_size(image, source, spec))
+            rows = _resize(rows, self.target_size(image, spec, where))
         return rows.transpose(0, 3, 1, 2) if image.channels_first else rows
 
-    def _normalise(self, rows: np.ndarray, spec: InputSpec, source: str) -> np.ndarray:
-        values = rows.astype(np.float32)
+    def _normalise(self, rows: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
+        values = rows.astype(np.promote_types(spec.dtype, np.float32))
         if self.scale is not None:
-            values *= np.float32(self.scale)
+            values *= self.scale
         if self.mean is not None:
-            values -= self._per_channel("mean", self.mean, values, spec, source)
+            values -= self._per_channel("mean", self.mean, values, spec, where)
         if self.std is not None:
-            values /= self._per_channel("std", self.std, values, spec, source)
+            values /= self._per_channel("std", self.std, values, spec, where)
         return values
 
     @staticmethod
     def _per_channel(
-        field: str, numbers: tuple[float, ...], values: np.ndarray, spec: InputSpec, source: str
+        field: str, numbers: tuple[float, ...], values: np.ndarray, spec: InputSpec, where: str
     ) -> np.ndarray:
         """`numbers` shaped to broadcast along the channel axis of `values`."""
-        vector = np.asarray(numbers, np.float32)
+        vector = np.asarray(numbers, values.dtype)
         if len(vector) == 1:
             return vector
-        image = require_image_input(spec, source)
+        image = require_image_input(spec, where)
         axis = 1 if image.channels_first else 3
         if values.ndim != 4 or values.shape[axis] != len(vector):
             raise UsageError(
-                f"{source}: {field} has {len(vector)} numbers, but the samples for the model's input {spec.name!r} "
-                f"have shape {describe((None, *values.shape[1:]))}"
+                f"{where}: {field} has {len(vector)} numbers, one for each channel, but the samples for the model's "
+                f"input {spec.name!r} have shape {describe((None, *values.shape[1:]))}"
             )
         return vector.reshape((-1, 1, 1) if image.channels_first else (-1,))
 
 
-def require_image_input(spec: InputSpec, source: str) -> ImageInput:
+def require_image_input(spec: InputSpec, where: str) -> ImageInput:
     """What `spec` says about images.
 
     Raises:
@@ -136,13 +145,13 @@ def require_image_input(spec: InputSpec, source: str) -> ImageInput:
     image = ImageInput.of(spec)
     if image is None:
         raise UsageError(
-            f"{source}: the model's input {spec.name!r} {describe(spec.shape)} does not take images: "
+            f"{where}: the model's input {spec.name!r} {describe(spec.shape)} does not take images: "
             "neither (N, C, H, W) nor (N, H, W, C) with 1, 3 or 4 channels"
         )
     return image
 
 
-def convert(rows: np.ndarray, spec: InputSpec, source: str) -> np.ndarray:
+def convert(rows: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
     """`rows` as `spec`'s element type: floats to any precision, integers to any width that holds their values.
 
     Raises:
@@ -153,8 +162,7 @@ def convert(rows: np.ndarray, spec: InputSpec, source: str) -> np.ndarray:
         low, high = int(rows.min()), int(rows.max())
         if low < limits.min or high > limits.max:
             raise UsageError(
-                f"{source}: the values for the model's input {spec.name!r} reach from {low} to {high}, "
-                f"which {spec.dtype} cannot hold"
+                f"{where} holds values from {low} to {high}, but the model's input {spec.name!r} is {spec.dtype}"
             )
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow becomes infinity, which reading refuses by name
         return np.ascontiguousarray(rows, dtype=spec.dtype)

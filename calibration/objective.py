@@ -1,0 +1,191 @@
+"""One task's loss: what the merged network gives for it against what the task's original gives."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir
+import torch
+from torch import Tensor
+
+from onnxmerge.calibration import losses
+from onnxmerge.calibration.module import GraphModule
+from onnxmerge.data import Batch
+from onnxmerge.errors import ModelError, UsageError
+
+
+@dataclass(frozen=True)
+class FeatureTap:
+    """A value of the merged model that should equal a value of one task's original.
+
+    Attributes:
+        task: the task's name.
+        student: name of the value in the merged model.
+        teacher: name of the value in the task's original.
+        channels: the teacher's channel `channels[i]` stands at the student's channel i on axis 1; None: same order.
+    """
+
+    task: str
+    student: str
+    teacher: str
+    channels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A value of the merged model and its target among the teacher's values."""
+
+    student: str
+    teacher: str
+    channels: Tensor | None = None
+
+
+class Objective:
+    """The loss of one task: KL and logit error for a classifier (output [N, classes]), logit error for anything else.
+
+    A Softmax that ends both networks is left out: losses see logits.
+
+    Attributes:
+        task: the task's name.
+        inputs: the teacher's input name for each of the merged model's.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        merged: onnx_ir.Model,
+        teacher: onnx_ir.Model,
+        outputs: Mapping[str, str],
+        inputs: Mapping[str, str],
+        taps: Sequence[FeatureTap],
+        *,
+        temperature: float,
+        feature_weight: float,
+        use_labels: bool,
+    ):
+        """`outputs` and `inputs` map the merged model's names to the teacher's.
+
+        Raises:
+            ModelError: the task has no float output, or the teacher cannot be run.
+            UsageError: a name is no value of its model.
+        """
+        self.task, self.inputs = task, dict(inputs)
+        self._temperature, self._feature_weight, self._use_labels = temperature, feature_weight, use_labels
+        self._outputs = [_logits(merged, teacher, s, t) for s, t in outputs.items() if _is_float(merged, s)]
+        if not self._outputs:
+            raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
+        self._taps = [_tapped(tap) for tap in taps if tap.task == task] if feature_weight else []
+        self._teacher = GraphModule(teacher, [pair.teacher for pair in self._outputs + self._taps])
+        self._teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+        self._variances = [1.0] * len(self._outputs)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The merged model's values that the output losses need."""
+        return [pair.student for pair in self._outputs]
+
+    @property
+    def taps(self) -> list[str]:
+        """The merged model's values that the feature losses need."""
+        return [pair.student for pair in self._taps]
+
+    def feed(self, batch: Batch) -> dict[str, Tensor]:
+        """The merged model's inputs for `batch`."""
+        return {student: _input(batch, teacher, self.task) for student, teacher in self.inputs.items()}
+
+    def output_targets(self, batch: Batch) -> list[Tensor]:
+        """The teacher's outputs for `batch`."""
+        return self._run(batch, self._outputs)
+
+    def scale(self, targets: Sequence[Sequence[Tensor]]) -> None:
+        """Divide logit errors by the variance of these teacher's outputs, one list for each batch, from now on."""
+        self._variances = [float(torch.cat(list(z_t)).var(correction=0)) for z_t in zip(*targets, strict=True)]
+
+    def targets(self, batch: Batch) -> list[Tensor]:
+        """The teacher's outputs for `batch`, then its feature maps in the merged model's channel order."""
+        pairs = self._outputs + self._taps
+        return [
+            value if pair.channels is None else value.index_select(1, pair.channels)
+            for pair, value in zip(pairs, self._run(batch, pairs), strict=True)
+        ]
+
+    def output_loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
+        """KL, logit error and (with labels) cross-entropy, summed over the task's outputs."""
+        total = torch.zeros(())
+        for pair, z_t, variance in zip(self._outputs, targets, self._variances, strict=False):
+            z = values[pair.student].float()
+            self._check_shapes(pair, z, z_t)
+            total = total + losses.logit_error(z, z_t, variance)
+            if _is_classifier(z):
+                total = total + losses.kl(z, z_t, self._temperature)
+        if self._use_labels:
+            total = total + self._label_loss(values[self._outputs[0].student], batch.labels)
+        return total
+
+    def loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
+        """`output_loss` plus the weighted mean of the feature losses; `targets` as `self.targets` gives them."""
+        total = self.output_loss(values, targets, batch)
+        if not self._taps:
+            return total
+        errors = []
+        for pair, f_t in zip(self._taps, targets[len(self._outputs) :], strict=True):
+            self._check_shapes(pair, values[pair.student], f_t)
+            errors.append(losses.feature_l1(values[pair.student], f_t))
+        return total + self._feature_weight * torch.stack(errors).mean()
+
+    def _run(self, batch: Batch, pairs: Sequence[Pair]) -> list[Tensor]:
+        names = [pair.teacher for pair in pairs]
+        inputs = {name: _input(batch, name, self.task) for name in self.inputs.values()}
+        with torch.no_grad():
+            values = self._teacher(inputs, names)
+        return [values[name].float() for name in names]
+
+    def _check_shapes(self, pair: Pair, value: Tensor, target: Tensor) -> None:
+        if value.shape != target.shape:
+            raise ModelError(
+                f"task {self.task!r}: {pair.student!r} of the merged model is {list(value.shape)}, "
+                f"{pair.teacher!r} of the original {list(target.shape)}"
+            )
+
+    def _label_loss(self, z: Tensor, labels: np.ndarray | None) -> Tensor:
+        if labels is None:
+            raise UsageError(f"the data of task {self.task!r} has no labels; calibrate without labels")
+        if not _is_classifier(z):
+            raise UsageError(f"task {self.task!r} is no classifier (output {list(z.shape)}); calibrate without labels")
+        return losses.cross_entropy(z, torch.tensor(labels))
+
+
+def _tapped(tap: FeatureTap) -> Pair:
+    channels = None if tap.channels is None else torch.tensor(np.asarray(tap.channels, dtype=np.int64))
+    return Pair(tap.student, tap.teacher, channels)
+
+
+def _logits(merged: onnx_ir.Model, teacher: onnx_ir.Model, student: str, target: str) -> Pair:
+    """The pair of outputs, or of what goes into the Softmax where both end in one."""
+    before = _softmax_input(merged, student), _softmax_input(teacher, target)
+    return Pair(before[0], before[1]) if before[0] and before[1] else Pair(student, target)
+
+
+def _softmax_input(model: onnx_ir.Model, output: str) -> str | None:
+    node = next((value.producer() for value in model.graph.outputs if value.name == output), None)
+    if node is None or node.op_type != "Softmax" or node.inputs[0] is None:
+        return None
+    return node.inputs[0].name
+
+
+def _is_float(model: onnx_ir.Model, output: str) -> bool:
+    dtype = next((value.dtype for value in model.graph.outputs if value.name == output), None)
+    return dtype is None or dtype.is_floating_point()
+
+
+def _is_classifier(z: Tensor) -> bool:
+    return z.dim() == 2 and z.shape[1] > 1
+
+
+def _input(batch: Batch, name: str, task: str) -> Tensor:
+    """The batch's array for one input; tasks with one input may share data whatever they call it."""
+    if name not in batch.inputs and len(batch.inputs) != 1:
+        raise UsageError(f"the data of task {task!r} has no array for the input {name!r}")
+    array = batch.inputs[name] if name in batch.inputs else next(iter(batch.inputs.values()))
+    tensor = torch.tensor(array)
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

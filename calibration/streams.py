@@ -1,0 +1,80 @@
+"""Which tasks go through the merged network together, and what they are fed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onnxmerge.calibration.module import GraphModule
+from onnxmerge.calibration.objective import Objective
+from onnxmerge.data import Batch, Split
+from onnxmerge.errors import UsageError
+
+Batches = dict[str, Batch]
+"""One batch for each task of a stream."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks whose batches go through the merged network in one pass."""
+
+    objectives: tuple[Objective, ...]
+
+    def run(self, merged: GraphModule, batches: Batches, *, taps: bool = True) -> dict[str, Tensor]:
+        """The merged network's outputs and, if asked for, its tapped values."""
+        feed = {name: x for o in self.objectives for name, x in o.feed(batches[o.task]).items()}
+        return merged(feed, [name for o in self.objectives for name in (o.outputs + o.taps if taps else o.outputs)])
+
+    def loss(self, merged: GraphModule, batches: Batches) -> Tensor:
+        """Sum of the tasks' losses."""
+        values = self.run(merged, batches)
+        return torch.stack([o.loss(values, o.targets(batches[o.task]), batches[o.task]) for o in self.objectives]).sum()
+
+    def shuffled(self, splits: Mapping[str, Split], size: int, seed: int) -> Iterator[Batches]:
+        """Batches without end; tasks with the very same split get the very same batch."""
+        distinct = self._distinct(splits)
+        size = min(size, *(len(split) for split in distinct.values()))
+        return self._spread(splits, {key: split.shuffled(size, seed) for key, split in distinct.items()})
+
+    def subset(self, splits: Mapping[str, Split], samples: int, size: int, seed: int) -> Iterator[Batches]:
+        """At most `samples` samples of each task, once, in batches of `size`."""
+        distinct = self._distinct(splits)
+        samples = min(samples, *(len(split) for split in distinct.values()))
+        return self._spread(splits, {key: split.take(samples, seed).batches(size) for key, split in distinct.items()})
+
+    def _distinct(self, splits: Mapping[str, Split]) -> dict[int, Split]:
+        return {id(splits[o.task]): splits[o.task] for o in self.objectives}
+
+    def _spread(self, splits: Mapping[str, Split], sources: Mapping[int, Iterator[Batch]]) -> Iterator[Batches]:
+        for drawn in zip(*sources.values(), strict=False):
+            batch_of = dict(zip(sources, drawn, strict=True))
+            yield {o.task: batch_of[id(splits[o.task])] for o in self.objectives}
+
+
+def group(
+    merged: GraphModule, objectives: Sequence[Objective], data: Mapping[str, Split], held_out: Mapping[str, Split]
+) -> list[Stream]:
+    """Join tasks that read the very same data, and tasks whose outputs need each other's inputs; keep others apart.
+
+    Raises:
+        UsageError: an output needs an input that no task feeds.
+    """
+    groups: list[list[Objective]] = []
+    for objective in objectives:
+        joined = [g for g in groups if any(_belong(merged, objective, other, data, held_out) for other in g)]
+        groups = [g for g in groups if g not in joined] + [[o for g in joined for o in g] + [objective]]
+    for members in groups:
+        fed = {name for o in members for name in o.inputs}
+        for name in (name for o in members for name in merged.feeds(o.outputs) if name not in fed):
+            raise UsageError(f"the merged model's input {name!r} belongs to no task that is calibrated")
+    return [Stream(tuple(members)) for members in groups]
+
+
+def _belong(
+    merged: GraphModule, a: Objective, b: Objective, data: Mapping[str, Split], held_out: Mapping[str, Split]
+) -> bool:
+    if data[a.task] is data[b.task] and held_out[a.task] is held_out[b.task]:
+        return True
+    missing = {o.task: set(merged.feeds(o.outputs)) - set(o.inputs) for o in (a, b)}
+    return bool(missing[a.task] & set(b.inputs) or missing[b.task] & set(a.inputs))

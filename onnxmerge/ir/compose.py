@@ -1,0 +1,87 @@
+"""Cut pieces out of graphs and put pieces together."""
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as oir
+
+from onnxmerge.ir.normalise import infer_shapes
+
+
+def cut_out(model: oir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> oir.Model:
+    """The part of `model` that computes `outputs` from `inputs`, as a model of its own; names stay.
+
+    Weights are shared with `model`, not copied. An output that is also an input passes through an Identity.
+    """
+    through = set(inputs) & set(outputs)
+    if through:
+        model = model.clone()
+        for name in through:
+            source = _value(model.graph, name)
+            copy = oir.node("Identity", [source])
+            copy.outputs[0].name = f"{name}__through"
+            copy.outputs[0].shape, copy.outputs[0].type = source.shape, source.type
+            model.graph.append(copy)
+        outputs = [f"{name}__through" if name in through else name for name in outputs]
+    graph = oir.convenience.extract(model.graph, list(inputs), list(outputs))
+    graph.opset_imports.update(model.graph.opset_imports)
+    return oir.Model(graph, ir_version=model.ir_version or 8, producer_name="onnxmerge")
+
+
+def splice(target: oir.Graph, piece: oir.Graph, bind: Mapping[str, oir.Value], prefix: str) -> dict[str, oir.Value]:
+    """Move the nodes and initializers of `piece` into `target`; the piece is used up.
+
+    Args:
+        target: the graph that grows.
+        piece: a graph of its own.
+        bind: what each input of the piece reads in `target`.
+        prefix: goes before the name of every node, value and initializer of the piece.
+
+    Returns:
+        The piece's outputs by their names in the piece.
+    """
+    outputs = {value.name or "": value for value in piece.outputs}
+    for value in list(piece.inputs):
+        value.replace_all_uses_with(bind[value.name or ""], replace_graph_outputs=True)
+    passed = {name: bind[name] for name in outputs if name in bind}
+    for initializer in list(piece.initializers.values()):
+        del piece.initializers[initializer.name or ""]
+        initializer.name = f"{prefix}{initializer.name}"
+        if initializer.const_value is not None:
+            initializer.const_value = _renamed(initializer)
+        target.register_initializer(initializer)
+    nodes = list(piece)
+    for node in nodes:
+        node.name = f"{prefix}{node.name}"
+        for value in node.outputs:
+            value.name = f"{prefix}{value.name}"
+    piece.outputs.clear()
+    piece.remove(nodes)
+    target.extend(nodes)
+    return outputs | passed
+
+
+def _renamed(initializer: oir.Value) -> oir.TensorProtocol:
+    assert initializer.const_value is not None
+    return oir.tensor(initializer.const_value.numpy(), name=initializer.name)
+
+
+def rename_value(model: oir.Model, old: str, new: str) -> None:
+    """Rename a graph input or a computed value."""
+    _value(model.graph, old).name = new
+
+
+def finish(model: oir.Model) -> oir.Model:
+    """Infer the shapes of a freshly composed model and return it."""
+    infer_shapes(model)
+    return model
+
+
+def _value(graph: oir.Graph, name: str) -> oir.Value:
+    for value in graph.inputs:
+        if value.name == name:
+            return value
+    for node in graph:
+        for value in node.outputs:
+            if value.name == name:
+                return value
+    raise KeyError(name)

@@ -1,0 +1,156 @@
+"""The result as one HTML file that opens offline: styles and plots inside, no script, nothing fetched."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from onnxmerge.report.columns import Column, columns
+from onnxmerge.report.figures import count, megabytes, one_line, percent, points, significant, times
+from onnxmerge.report.plots import plots
+from onnxmerge.report.schema import Candidate, Result, TaskScore
+from onnxmerge.report.summary import chosen_candidate, headline, original_bytes, task_names
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key figure: what it is, its value, and what to compare it with."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class CandidateTable:
+    """Some of the candidates' columns under one title."""
+
+    title: str
+    columns: list[Column]
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Each group of columns with the number of its columns, in order."""
+        runs = groupby(self.columns, key=lambda column: (column.task, column.group))
+        return [(one_line(group), len(list(run))) for (_, group), run in runs]
+
+    @property
+    def has_separate(self) -> bool:
+        """Whether the originals have figures here."""
+        return any(column.separate is not None for column in self.columns)
+
+
+def render_page(result: Result) -> str:
+    """The text of `report.html`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    chosen = chosen_candidate(result)
+    return environment.get_template("page.html.jinja").render(
+        result=result,
+        title=" + ".join(one_line(task) for task in task_names(result)) or result.method,
+        headline=headline(result),
+        chosen=chosen,
+        tile_rows=[] if chosen is None else _tile_rows(chosen, result),
+        plots=[(plot.title, plot.caption, Markup(plot.svg)) for plot in plots(result)],
+        tables=_candidate_tables(columns(result)),
+        recipe=_yaml(result.model_dump(mode="json")["recipe"]),
+        hardware={
+            key.replace("_gb", ", GB").replace("_", " "): _plain(value) for key, value in result.hardware.items()
+        },
+        count=count,
+        megabytes=megabytes,
+        name=one_line,
+        percent=percent,
+        significant=significant,
+    )
+
+
+def _tile_rows(chosen: Candidate, result: Result) -> list[tuple[str, list[Tile]]]:
+    return [
+        ("What the chosen candidate saves", _saving_tiles(chosen, result)),
+        ("How the chosen candidate fares in each task", _task_tiles(chosen, result)),
+    ]
+
+
+def _saving_tiles(chosen: Candidate, result: Result) -> list[Tile]:
+    """What the chosen candidate costs beside the originals."""
+    tiles = []
+    if result.units:
+        layers = f"{chosen.shared_layers} of {chosen.total_layers} layers"
+        known = chosen.shared_layers is not None and chosen.total_layers is not None
+        tiles.append(Tile("Shared units", f"{chosen.share} of {len(result.units)}", layers if known else ""))
+    tiles.append(
+        Tile("Size", f"{megabytes(chosen.bytes)} MB", _of(chosen.bytes, original_bytes(result), megabytes, " MB"))
+    )
+    originals = sum(record.parameters for record in result.inputs)
+    tiles.append(Tile("Parameters", count(chosen.parameters), _of(chosen.parameters, originals, count)))
+    latency, memory = chosen.latency_ms, chosen.memory_mb
+    if latency.speedup is not None:
+        both = latency.merged is not None and latency.separate is not None
+        detail = f"{significant(latency.merged or 0)} ms for {significant(latency.separate or 0)} ms" if both else ""
+        tiles.append(Tile("Speed-up", times(latency.speedup), detail))
+    elif latency.merged is not None:
+        tiles.append(Tile("Latency", f"{significant(latency.merged)} ms"))
+    if memory.merged is not None:
+        detail = _of(memory.merged, memory.separate, significant, " MB")
+        tiles.append(Tile("Memory", f"{significant(memory.merged)} MB", detail))
+    return tiles
+
+
+def _task_tiles(chosen: Candidate, result: Result) -> list[Tile]:
+    """How the chosen candidate fares in each task, by the best figure there is."""
+    tiles = []
+    for task in task_names(result):
+        score = chosen.tasks.get(task, TaskScore())
+        agreement = None if score.agreement is None else f"agreement {percent(score.agreement)} %"
+        error = None if score.relative_error is None else f"relative error {significant(score.relative_error)}"
+        if score.accuracy is not None:
+            change = None
+            if score.original_accuracy is not None:
+                difference = points(score.accuracy - score.original_accuracy)
+                change = f"{difference} points from {percent(score.original_accuracy)} %"
+            value, details = f"{percent(score.accuracy)} %", [change, agreement or error]
+        elif score.agreement is not None:
+            value, details = f"{percent(score.agreement)} %", ["top-1 agreement", error]
+        elif score.relative_error is not None:
+            value, details = significant(score.relative_error), ["relative error"]
+        else:
+            continue
+        tiles.append(Tile(one_line(task), value, ", ".join(detail for detail in details if detail)))
+    return tiles
+
+
+def _of(merged: Number, originals: Number | None, text: Callable[[Number], str], unit: str = "") -> str:
+    """The merged model's figure as a ratio to the originals'; empty where there is nothing to compare."""
+    return f"{times(merged / originals)} of {text(originals)}{unit}" if originals else ""
+
+
+def _candidate_tables(found: list[Column]) -> list[CandidateTable]:
+    """The columns as two tables that fit on a page: how well the tasks are done, and what that costs."""
+    k = [column for column in found if column.group == "stem" and column.rank == 0]
+    quality = [column for column in found if column.task]
+    cost = [column for column in found if not column.task]
+    tables = [CandidateTable("Quality on held-out data", [*k, *quality] if quality else [])]
+    tables.append(CandidateTable("Size, speed and memory", cost))
+    return [table for table in tables if table.columns]
+
+
+def _yaml(recipe: dict[str, Any]) -> str:
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).rstrip() if recipe else ""
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,85 @@
+"""The result in one sentence: what was chosen and what it saves."""
+
+from onnxmerge.report.figures import megabytes, one_line, percent, points, significant
+from onnxmerge.report.schema import Candidate, Result
+
+
+def task_names(result: Result) -> list[str]:
+    """All tasks, the inputs' first and in their order."""
+    names = [record.task for record in result.inputs]
+    for candidate in result.candidates:
+        names.extend(task for task in candidate.tasks if task not in names)
+    return names
+
+
+def chosen_candidate(result: Result) -> Candidate | None:
+    """The chosen candidate, or None when none was chosen."""
+    return None if result.chosen is None else result.candidate(result.chosen)
+
+
+def original_bytes(result: Result) -> int | None:
+    """Size of all originals together in bytes; None when there are none on record."""
+    return sum(record.bytes for record in result.inputs) or None
+
+
+def headline(result: Result) -> str:
+    """One sentence: the chosen candidate, its size and speed against the originals, and its worst drop."""
+    chosen = chosen_candidate(result)
+    if chosen is None:
+        return _nothing_chosen(result)
+    facts = [_size(chosen, original_bytes(result)), _speed(chosen), _worst_drop(chosen)]
+    known = [fact for fact in facts if fact is not None]
+    return f"{_sharing(chosen, result)}{': ' if known else ''}{'; '.join(known)}."
+
+
+def _nothing_chosen(result: Result) -> str:
+    if not result.candidates:
+        return "No candidate was made."
+    number = len(result.candidates)
+    rejected = "The only candidate did not stay" if number == 1 else f"None of the {number} candidates stayed"
+    scored = [candidate for candidate in result.candidates if candidate.worst_drop is not None]
+    if not scored:
+        return f"{rejected} within the allowed drop."
+    mildest = min(scored, key=lambda candidate: candidate.worst_drop or 0.0)
+    subject = "it has a" if number == 1 else f"the mildest is {one_line(mildest.name)}, with a"
+    return f"{rejected} within the allowed drop; {subject} {_worst_drop(mildest)}."
+
+
+def _sharing(chosen: Candidate, result: Result) -> str:
+    name = one_line(chosen.name)
+    if not result.units:
+        return f"{name} was chosen"
+    if chosen.share == 0:
+        return f"{name} was chosen, which shares nothing"
+    total, tasks = len(result.units), len(result.inputs)
+    stem = f"all {total} stem units" if chosen.share == total else f"{chosen.share} of {total} stem units"
+    return f"{name} was chosen, which shares {stem} between {tasks} tasks"
+
+
+def _size(chosen: Candidate, separate: int | None) -> str | None:
+    if separate is None:
+        return None
+    saved = 1 - chosen.bytes / separate
+    sizes = f"({megabytes(chosen.bytes)} MB for {megabytes(separate)} MB)"
+    if abs(saved) < 0.005:
+        return f"as large as the originals together {sizes}"
+    return f"{abs(100 * saved):.0f} % {'smaller' if saved > 0 else 'larger'} than the originals together {sizes}"
+
+
+def _speed(chosen: Candidate) -> str | None:
+    speedup = chosen.latency_ms.speedup
+    return None if speedup is None else f"{significant(speedup)} times as fast as the originals run separately"
+
+
+def _worst_drop(candidate: Candidate) -> str | None:
+    """The worst task's drop in the terms it was measured in."""
+    scored = {task: score for task, score in candidate.tasks.items() if score.drop is not None}
+    if not scored:
+        return None
+    task, score = max(scored.items(), key=lambda item: item[1].drop or 0.0)
+    of_task = f"({one_line(task)})"
+    if score.accuracy is not None and score.original_accuracy is not None:
+        return f"worst accuracy change of {points(score.accuracy - score.original_accuracy)} points {of_task}"
+    if score.agreement is not None:
+        return f"lowest agreement with an original of {percent(score.agreement)} % {of_task}"
+    return f"largest relative error of {significant(score.relative_error or 0.0)} {of_task}"

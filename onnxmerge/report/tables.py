@@ -1,0 +1,110 @@
+"""The result in the terminal: one row for each candidate, cut to the console's width."""
+
+from string import ascii_uppercase
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from onnxmerge.report.columns import Column, columns
+from onnxmerge.report.figures import one_line
+from onnxmerge.report.schema import Result
+from onnxmerge.report.summary import headline, task_names
+
+ORIGINALS = "originals"
+UNMEASURED = "-"
+GAP = 2
+"""Spaces between columns."""
+LONGEST_NAME = 24
+EXPLAINED = {
+    "acc%": "accuracy",
+    "+/-": "change in points",
+    "agr%": "top-1 agreement",
+    "err": "relative error",
+    "speed\nup": "vs spin-stopped sessions",
+}
+"""What the shortest headers mean, by the column's `short`."""
+
+
+def result_table(result: Result, width: int = 100) -> Table:
+    """A table with one row for each candidate, the originals' row first and the chosen row marked.
+
+    Columns nobody measured are left out. Where the rest is wider than `width` characters, the least telling columns go
+    first (a classifier's relative error, shared layers, memory, ...); the HTML report has them all.
+
+    Args:
+        result: what a method returned.
+        width: characters available.
+    """
+    tasks = task_names(result)
+    letters = _letters(tasks)
+    names = [one_line(c.name) + (" *" if c.name == result.chosen else "") for c in result.candidates]
+    first = min(LONGEST_NAME, max(map(cell_len, [*names, ORIGINALS])))
+    shown = _fit(columns(result), width - first, letters)
+    # The box puts one space between columns, the padding the rest of the gap.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    table.title, table.title_justify, table.title_style = _legend(letters), "left", "none"
+    table.caption, table.caption_justify, table.caption_style = _key(shown), "left", "dim"
+    table.add_column(Text("\nname"), no_wrap=True, max_width=LONGEST_NAME)
+    for column in shown:
+        header = Text(_header(column, letters))
+        table.add_column(header, justify="right", no_wrap=True, min_width=_width(column, letters))
+    if any(column.separate is not None for column in shown):
+        separate = [Text(column.separate or UNMEASURED) for column in shown]
+        table.add_row(Text(ORIGINALS), *separate, style="dim")
+    for row, (candidate, name) in enumerate(zip(result.candidates, names, strict=True)):
+        cells = [Text(column.cells[row] or UNMEASURED) for column in shown]
+        table.add_row(Text(name), *cells, style="bold green" if candidate.name == result.chosen else None)
+    return table
+
+
+def print_result(result: Result, console: Console) -> None:
+    """Print the table, one sentence that sums it up, and the notes."""
+    console.print(result_table(result, console.width))
+    console.print()
+    console.print(Text(headline(result), style="bold"))
+    for note in result.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _letters(tasks: list[str]) -> dict[str, str]:
+    """A short name for each task, used in column headers; empty for a single task, which needs none."""
+    if len(tasks) == 1:
+        return {tasks[0]: ""}
+    return {task: ascii_uppercase[i] if i < 26 else str(i + 1) for i, task in enumerate(tasks)}
+
+
+def _legend(letters: dict[str, str]) -> Text | None:
+    named = [f"{letter} = {one_line(task)}" if letter else one_line(task) for task, letter in letters.items()]
+    entries = [entry.replace(" ", "\N{NO-BREAK SPACE}") for entry in [*named, "* = chosen"]]
+    return Text("   ".join(entries)) if named else None
+
+
+def _key(shown: list[Column]) -> Text | None:
+    present = {column.short for column in shown}
+    meanings = [f"{short.replace(chr(10), ' ')}: {text}" for short, text in EXPLAINED.items() if short in present]
+    return Text("; ".join(meanings)) if meanings else None
+
+
+def _header(column: Column, letters: dict[str, str]) -> str:
+    """Two lines, so that all headers end on the same one."""
+    first, _, second = column.short.rpartition("\n")
+    return f"{letters[column.group] if column.task else first}\n{second}"
+
+
+def _fit(found: list[Column], width: int, letters: dict[str, str]) -> list[Column]:
+    """Leave out the highest ranks until the columns fit into `width` characters."""
+    shown = found
+    while sum(_width(column, letters) + GAP for column in shown) > width:
+        least = max(column.rank for column in shown)
+        if least == 0:
+            break
+        shown = [column for column in shown if column.rank < least]
+    return shown
+
+
+def _width(column: Column, letters: dict[str, str]) -> int:
+    texts = [*_header(column, letters).split("\n"), column.separate or UNMEASURED]
+    return max(map(cell_len, [*texts, *(cell or UNMEASURED for cell in column.cells)]))

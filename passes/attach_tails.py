@@ -1,0 +1,57 @@
+"""Attach the tasks' tails to a shared stem (exact): one multi-task graph from its pieces.
+
+The stem's nodes and weights get the prefix `shared/`, those of a tail its task's name; a task's outputs become
+`TASK/output`.
+"""
+
+from collections.abc import Mapping
+
+import onnx_ir as oir
+
+from onnxmerge.ir.compose import finish, splice
+
+SHARED = "shared/"
+
+
+class AttachTails(oir.passes.FunctionalPass):
+    """Attach tails to the model it is called on, the stem.
+
+    Args:
+        tails: by task; the inputs of each are, in order, the stem's outputs.
+    """
+
+    preserves = "exact"
+
+    def __init__(self, tails: Mapping[str, oir.Model]):
+        self.tails = tails
+
+    def call(self, model: oir.Model) -> oir.passes.PassResult:
+        """Compose a new model; stem and tails stay as they are."""
+        stem = model.clone().graph
+        inputs = [oir.Value(name=v.name, shape=v.shape, type=v.type) for v in stem.inputs]
+        merged = oir.Graph(inputs, [], nodes=[], opset_imports=dict(stem.opset_imports), name="onnxmerge")
+        bind = dict(zip([v.name or "" for v in stem.inputs], inputs, strict=True))
+        order = [v.name or "" for v in stem.outputs]
+        cut = splice(merged, stem, bind, SHARED)
+        for task, tail in self.tails.items():
+            piece = tail.clone().graph
+            names = [v.name or "" for v in piece.outputs]
+            arriving = {v.name or "": cut[name] for v, name in zip(piece.inputs, order, strict=True)}
+            outputs = splice(merged, piece, arriving, f"{task}/")
+            for name in names:
+                value = outputs[name]
+                if value.name != f"{task}/{name}":  # the tail is empty or passes its input through
+                    through = oir.node("Identity", [value])
+                    merged.append(through)
+                    value = through.outputs[0]
+                    value.name = f"{task}/{name}"
+                merged.outputs.append(value)
+        composed = oir.Model(merged, ir_version=model.ir_version or 8, producer_name="onnxmerge")
+        return oir.passes.PassResult(finish(composed), modified=True)
+
+
+def bare_stem(model: oir.Model) -> oir.Model:
+    """A stem that shares nothing but the inputs of `model`."""
+    inputs = [oir.Value(name=v.name, shape=v.shape, type=v.type) for v in model.graph.inputs]
+    graph = oir.Graph(inputs, inputs, nodes=[], opset_imports=dict(model.graph.opset_imports), name="onnxmerge")
+    return oir.Model(graph, ir_version=model.ir_version or 8, producer_name="onnxmerge")
