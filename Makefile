@@ -19,9 +19,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy sees the installed package: the three source folders are one package only once installed.
+# mypy reads what users get: the three source folders are one package only once installed.
 types: $(VENV)/.installed
-	cd / && $(abspath $(BIN))/python -m mypy --config-file $(abspath pyproject.toml) -p onnxmerge
+	rm -rf build/types
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
+	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(abspath pyproject.toml) -p onnxmerge
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -135,8 +135,8 @@ def _train(
     try:
         outcome.losses.append((0, best.offer(0, judge.loss())))
         sources = [stream.shuffled(data, settings.batch, settings.seed) for stream in streams]
-        optimiser = torch.optim.AdamW(parameters, lr=settings.rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.rate, total_steps=max(settings.steps, 1))
+        optimiser = torch.optim.AdamW([{'params': [p]} for p in parameters] if REL else parameters, lr=settings.rate, betas=BETAS)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [settings.rate * max(float(p.detach().square().mean().sqrt()), 1e-3) for p in parameters] if REL else settings.rate, pct_start=PCT, cycle_momentum=CYC, total_steps=max(settings.steps, 1))
         for step in range(1, settings.steps + 1):
             finite = _step(student, streams, sources, optimiser)
             schedule.step()
@@ -174,6 +174,10 @@ def _step(
 
 
 BF = False
+REL = False
+BETAS = (0.9, 0.999)
+PCT = 0.3
+CYC = True
 
 
 class _Best:

@@ -1,0 +1,1 @@
+"""Rewrites, one in each file: model(s) in, model out."""

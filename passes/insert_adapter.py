@@ -1,7 +1,7 @@
 """Put a 1x1 adapter behind an input of a network: a linear map on the channels that come in.
 
-It begins as the given order, Z[c] = X[inverse order of c], so that a tail reads a stem whose channels stand in another
-network's order (exact); `Refit` then makes it the best linear map. Residual adapters: Rebuffi et al. 2017.
+It begins as the given order and gain, Z[order[i]] = gain[i] X[i], so that a tail reads a stem whose channels stand in
+another network's order and scale (exact); `Refit` then makes it the best linear map. Residual adapters: Rebuffi et al. 2017.
 """
 
 import numpy as np
@@ -20,14 +20,16 @@ class InsertAdapter(oir.passes.InPlacePass):
         axis: the channel axis of that input.
         order: `order[i]` is the network's own channel that arrives as channel i.
         output: name of the adapted value.
+        gain: factor on each arriving channel.
     """
 
     preserves = "exact"
 
-    def __init__(self, axis: int, order: np.ndarray, output: str):
+    def __init__(self, axis: int, order: np.ndarray, output: str, gain: np.ndarray):
         self.axis = axis
         self.order = order
         self.output = output
+        self.gain = gain
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """Conv for channels on axis 1 of images, Gemm for rank 2, MatMul and Add for channels on the last axis."""
@@ -35,7 +37,7 @@ class InsertAdapter(oir.passes.InPlacePass):
         size = len(self.order)
         dtype = source.dtype.numpy() if source.dtype is not None else np.dtype(np.float32)
         matrix = np.zeros((size, size), dtype)  # [own channel, arriving channel]
-        matrix[self.order, np.arange(size)] = 1
+        matrix[self.order, np.arange(size)] = self.gain
         dimensions = rank(source)
         convolution = self.axis == 1 and dimensions > 2
         array = matrix.reshape(size, size, *[1] * (dimensions - 2)) if convolution else matrix.T

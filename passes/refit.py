@@ -26,6 +26,7 @@ from onnxmerge.runtime.patches import (
     grid_of,
     input_rows,
     output_rows,
+    positions_needed,
     weight_array,
     weight_matrix,
 )
@@ -169,7 +170,9 @@ class Refit(oir.passes.InPlacePass):
             for fit, statistics in zip(fits, found, strict=True):
                 axis = channel_axis(fit.layer)
                 target = theirs[teacher.values[fit.target]]
-                positions = Positions.sample(generator, grid_of(target, axis))
+                fan_in = weight_matrix(fit.layer, get_array(fit.layer.weight)).shape[1]
+                needed = positions_needed(fan_in + 1, teacher.count)
+                positions = Positions.sample(generator, grid_of(target, axis), needed)
                 rows = output_rows(target, axis, positions)
                 if fit.target in teacher.orders:
                     rows = rows[:, teacher.orders[fit.target]]

@@ -311,7 +311,7 @@ def test_json_has_the_documented_keys_at_every_level() -> None:
     result.candidates[0].latency_ms = LatencyRecord()
     stored = json.loads(result.to_json())
     contract = {"schema", "method", "versions", "inputs", "candidates", "chosen"}
-    extras = {"recipe", "hardware", "similarity", "units", "yardstick", "notes"}
+    extras = {"recipe", "hardware", "similarity", "units", "notes"}
     assert set(stored) == contract | extras
     assert stored["schema"] == 1
     for record in stored["inputs"]:
@@ -393,7 +393,6 @@ def test_the_page_fetches_nothing_and_runs_nothing() -> None:
 
 def test_the_page_tells_where_it_all_came_from() -> None:
     result = make_result(["a", "b"])
-    result.yardstick = {"a ~ b": 0.312}
     text = Page(render_page(result)).text
     for fact in (
         headline(result),

@@ -1,0 +1,1 @@
+"""What a model is: reading, the normal form, layers, channel spaces, cuts."""

@@ -40,9 +40,10 @@ def splice(target: oir.Graph, piece: oir.Graph, bind: Mapping[str, oir.Value], p
         The piece's outputs by their names in the piece.
     """
     outputs = {value.name or "": value for value in piece.outputs}
+    outputs |= {name: bind[name] for name in outputs if name in bind}  # inputs that pass through
+    piece.outputs.clear()
     for value in list(piece.inputs):
-        value.replace_all_uses_with(bind[value.name or ""], replace_graph_outputs=True)
-    passed = {name: bind[name] for name in outputs if name in bind}
+        value.replace_all_uses_with(bind[value.name or ""])
     for initializer in list(piece.initializers.values()):
         del piece.initializers[initializer.name or ""]
         initializer.name = f"{prefix}{initializer.name}"
@@ -54,10 +55,9 @@ def splice(target: oir.Graph, piece: oir.Graph, bind: Mapping[str, oir.Value], p
         node.name = f"{prefix}{node.name}"
         for value in node.outputs:
             value.name = f"{prefix}{value.name}"
-    piece.outputs.clear()
     piece.remove(nodes)
     target.extend(nodes)
-    return outputs | passed
+    return outputs
 
 
 def _renamed(initializer: oir.Value) -> oir.TensorProtocol:

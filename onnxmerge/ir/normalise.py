@@ -18,6 +18,7 @@ from onnxmerge.ir.weights import add_initializer
 
 OPSET = 18
 """The lowest opset the rest of the tool has to know: from here on axes of reductions are inputs."""
+_OLDEST_OPSET = 7
 _MIN_IR_VERSION = 8
 _BATCH = "N"
 
@@ -35,7 +36,7 @@ def normalise(model: oir.Model) -> oir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
     model.ir_version = max(model.ir_version or 0, _MIN_IR_VERSION)
-    model = _raise_opset(model)
+    model = raise_opset(model, OPSET)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.NameFixPass()(model)
     free_batch(model)
@@ -48,20 +49,26 @@ def normalise(model: oir.Model) -> oir.Model:
     return model
 
 
-def _raise_opset(model: oir.Model) -> oir.Model:
-    """Convert to `OPSET` with onnx's own converter; newer models stay as they are."""
-    version = model.opset_imports.get("", OPSET)
-    if version >= OPSET:
+def raise_opset(model: oir.Model, opset: int) -> oir.Model:
+    """Convert to `opset` with onnx's own converter; newer models stay as they are.
+
+    Raises:
+        ModelError: the opset is too old, or an operator cannot be converted.
+    """
+    version = model.opset_imports.get("", opset)
+    if version >= opset:
         return model
-    if version < 7:
-        raise ModelError(f"opset {version} is too old (7 is the lowest); export it again with a current exporter")
+    if version < _OLDEST_OPSET:
+        raise ModelError(
+            f"opset {version} is too old ({_OLDEST_OPSET} is the lowest); export it again with a current exporter"
+        )
     try:
-        converted = onnx.version_converter.convert_version(oir.to_proto(model), OPSET)
+        converted = onnx.version_converter.convert_version(oir.to_proto(model), opset)
     except Exception as error:
-        raise ModelError(f"cannot be converted from opset {version} to {OPSET}: {_last_line(error)}") from error
-    converted_model = oir.from_proto(converted)
-    converted_model.metadata_props.update(model.metadata_props)
-    return converted_model
+        raise ModelError(f"cannot be converted from opset {version} to {opset}: {_last_line(error)}") from error
+    result = oir.from_proto(converted)
+    result.metadata_props.update(model.metadata_props)
+    return result
 
 
 def infer_shapes(model: oir.Model) -> None:

@@ -1,0 +1,1 @@
+"""The four jobs, each a readable recipe made of passes."""

@@ -119,8 +119,6 @@ class Result(_Record):
     similarity: list[LayerSimilarity] = Field(default_factory=list)
     units: list[str] = Field(default_factory=list)
     """The stem's units in order; candidate k shares the first k."""
-    yardstick: dict[str, float] = Field(default_factory=dict)
-    """Top-1 agreement between originals that have the same number of classes, keyed "A ~ B"."""
     notes: list[str] = Field(default_factory=list)
     """Sentences a reader must know: what stopped early, what was not shared and why."""
 

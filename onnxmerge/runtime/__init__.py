@@ -1,0 +1,1 @@
+"""What running a model tells: sessions, activation statistics, latency and memory, all through onnxruntime."""

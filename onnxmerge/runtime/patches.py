@@ -6,8 +6,10 @@ import numpy as np
 
 from onnxmerge.ir.layers import Layer
 
-POSITIONS = 48
-"""Output positions taken from each sample; more add little, neighbours being alike."""
+ROWS_PER_UNKNOWN = 64
+"""Rows gathered for each unknown of a regression; neighbouring positions are alike, so more add little."""
+_FEWEST, _MOST = 8, 48
+"""Bounds of the output positions taken from one sample."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,16 @@ class Positions:
     flat: np.ndarray
 
     @staticmethod
-    def sample(generator: np.random.Generator, grid: tuple[int, ...], count: int = POSITIONS) -> "Positions":
+    def sample(generator: np.random.Generator, grid: tuple[int, ...], count: int = _FEWEST) -> "Positions":
         """`count` different positions of `grid`, or all when there are fewer."""
         total = int(np.prod(grid))
         flat = np.arange(total) if total <= count else np.sort(generator.choice(total, count, replace=False))
         return Positions(flat)
+
+
+def positions_needed(unknowns: int, samples: int) -> int:
+    """Positions to take from each of `samples` samples for a regression with that many unknowns."""
+    return int(np.clip(-(-ROWS_PER_UNKNOWN * unknowns // samples), _FEWEST, _MOST))
 
 
 def grid_of(array: np.ndarray, axis: int) -> tuple[int, ...]:

@@ -1,0 +1,210 @@
+"""Align several networks with the first: how deep they can be shared, and which channels stand for which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as oir
+
+from onnxmerge.ir.compose import cut_out
+from onnxmerge.ir.correspond import Correspondence, correspond
+from onnxmerge.ir.layers import find_layers
+from onnxmerge.ir.spaces import Slots, Space, find_spaces
+from onnxmerge.ir.units import Unit, find_units
+from onnxmerge.methods.task import Network, Task
+from onnxmerge.passes.align import Alignment, align_by_activations, matched
+from onnxmerge.report.schema import LayerSimilarity
+from onnxmerge.runtime.activations import stream
+from onnxmerge.runtime.patches import Positions, grid_of, output_rows
+from onnxmerge.runtime.statistics import PairStatistics
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where the networks can be split: the value that ends a unit, and its channel axis."""
+
+    unit: Unit
+    axis: int
+    size: int
+    names: dict[str, str]
+    """The value's name in each task's network."""
+
+
+@dataclass
+class Sharable:
+    """What the networks have in common, reckoned from their inputs.
+
+    Attributes:
+        reference: the task whose graph and channel order the stem takes.
+        cuts: where a stem can end; candidate k ends at `cuts[k - 1]`.
+        spaces: channel spaces of the deepest stem, in the reference network.
+        partners: for each other task, which of its values and constants stand for the reference's.
+        limit: why no deeper stem is possible.
+    """
+
+    reference: Network
+    cuts: list[Cut]
+    spaces: list[Space]
+    partners: dict[str, Correspondence]
+    limit: str
+    stem: oir.Model | None = None
+
+
+@dataclass
+class Aligned:
+    """Channel alignment of one task with the reference.
+
+    Attributes:
+        alignment: by space.
+        orders: value of the reference -> for each of its channels the task's channel.
+        scales: value of the reference -> for each of its channels the factor that brings the task's channel to the
+            reference's standard deviation. A positive factor passes through a ReLU, and what is read after it is
+            refitted, so channels are compared in one scale.
+        similarity: one record for each stem layer.
+    """
+
+    alignment: Alignment
+    orders: dict[str, np.ndarray] = field(default_factory=dict)
+    scales: dict[str, np.ndarray] = field(default_factory=dict)
+    similarity: list[LayerSimilarity] = field(default_factory=list)
+
+
+def find_sharable(tasks: Sequence[Network]) -> Sharable:
+    """Match the networks from their inputs on and find every place where they can be split."""
+    reference, *others = tasks
+    partners = {task.name: correspond(reference.model, task.model) for task in others}
+    cuts: list[Cut] = []
+    limit = "everything but the heads can be shared"
+    for unit in find_units(reference.model):
+        stem = cut_out(reference.model, reference.inputs, [unit.cut])
+        missing = [t for t, found in partners.items() if not _covers(found, stem)]
+        if missing:
+            reason = partners[missing[0]].stopped
+            limit = f"{missing[0]} differs from {reference.name} at {reason[0]}" if reason else f"{missing[0]} ends"
+            break
+        place = _whole_axis(stem, unit.cut)
+        if place is not None:
+            names = {task: found.values[unit.cut] for task, found in partners.items()} | {reference.name: unit.cut}
+            cuts.append(Cut(unit, *place, names))
+    sharable = Sharable(reference, cuts, [], partners, limit)
+    if cuts:
+        last = cuts[-1].unit.cut
+        sharable.stem = cut_out(reference.model, reference.inputs, [last])
+        sharable.spaces = find_spaces(sharable.stem, frozenset([last])).permutable()
+    return sharable
+
+
+def _covers(found: Correspondence, stem: oir.Model) -> bool:
+    values = all(o.name in found.values for node in stem.graph for o in node.outputs)
+    return values and all(name in found.constants for name in stem.graph.initializers)
+
+
+def _whole_axis(stem: oir.Model, cut: str) -> tuple[int, int] | None:
+    """Axis and size of the channels of `cut`, when one whole axis is one free space."""
+    for space in find_spaces(stem, frozenset([cut])).spaces:
+        slots = space.value(cut)
+        if slots is not None:
+            value = stem.graph.outputs[0]
+            whole = len(slots.axes) == 1 and slots.index.shape[1] == 1 and value.shape is not None
+            return (slots.axes[0], space.size) if whole and value.shape[slots.axes[0]] == space.size else None
+    return None
+
+
+def align(sharable: Sharable, task: Task, tasks: Sequence[Task], *, samples: int, seed: int, threads: int | None) -> Aligned:
+    """Align `task` with the reference by the correlation of pre-activations on every task's samples."""
+    assert sharable.stem is not None
+    places = _places(sharable)
+    values = sharable.partners[task.name].values
+    statistics = _statistics(sharable, task, tasks, places, samples=samples, seed=seed, threads=threads)
+    aligned = Aligned(align_by_activations(sharable.spaces, statistics))
+    assert all(name in values for name in places)
+    for space in sharable.spaces:
+        own = [name for name, (s, _) in places.items() if s is space]
+        ratio = _scale([statistics[name] for name in own], aligned.alignment[space.name]) if own else None
+        for slots in space.values:
+            channels = np.empty(slots.index.size, np.int64)
+            channels[slots.index] = slots.index[aligned.alignment[space.name]]
+            aligned.orders[slots.name] = channels
+            if ratio is not None:
+                factors = np.empty(slots.index.size, np.float32)
+                factors[slots.index] = ratio[:, None]
+                aligned.scales[slots.name] = factors
+    aligned.similarity = _similarity(sharable, places, statistics, aligned.alignment)
+    return aligned
+
+
+def _places(sharable: Sharable) -> dict[str, tuple[Space, Slots]]:
+    """Pre-activations and cuts of the stem that lie in a space with one slot for each channel."""
+    assert sharable.stem is not None
+    wanted = {layer.pre_activation.name for layer in find_layers(sharable.stem)}
+    wanted |= {cut.unit.cut for cut in sharable.cuts}
+    return {
+        slots.name: (space, slots)
+        for space in sharable.spaces
+        for slots in space.values
+        if slots.name in wanted and len(slots.axes) == 1 and slots.index.shape == (space.size, 1)
+    }
+
+
+def _statistics(
+    sharable: Sharable,
+    task: Task,
+    tasks: Sequence[Task],
+    places: dict[str, tuple[Space, Slots]],
+    *,
+    samples: int,
+    seed: int,
+    threads: int | None,
+) -> dict[str, PairStatistics]:
+    reference = sharable.reference
+    values = sharable.partners[task.name].values
+    found = {name: PairStatistics() for name in places}
+    generator = np.random.default_rng(seed)
+    sources = {id(owner.data): owner for owner in tasks}
+    for owner in sources.values():
+        split = owner.data.calibration.take(samples, seed)
+        ours = stream(reference.model, owner.feeds(split, reference), list(places), threads=threads)
+        theirs = stream(task.model, owner.feeds(split, task), [values[n] for n in places], threads=threads)
+        for a, b in zip(ours, theirs, strict=True):
+            for name, (_, slots) in places.items():
+                axis, index = slots.axes[0], slots.index[:, 0]
+                positions = Positions.sample(generator, grid_of(a[name], axis))
+                rows = output_rows(a[name], axis, positions)[:, index]
+                found[name].update(rows, output_rows(b[values[name]], axis, positions)[:, index])
+    return found
+
+
+def _scale(statistics: list[PairStatistics], order: np.ndarray) -> np.ndarray:
+    """Ratio of the reference's standard deviation to the matched channel's, pooled over the places of a space."""
+    ours = np.sqrt(sum(s.deviations()[0] ** 2 for s in statistics))
+    theirs = np.sqrt(sum(s.deviations()[1] ** 2 for s in statistics))[order]
+    alive = (ours > 1e-6) & (theirs > 1e-6)
+    return np.where(alive, ours / np.where(alive, theirs, 1.0), 1.0)
+
+
+def _similarity(
+    sharable: Sharable,
+    places: dict[str, tuple[Space, Slots]],
+    statistics: dict[str, PairStatistics],
+    alignment: Alignment,
+) -> list[LayerSimilarity]:
+    assert sharable.stem is not None
+    unit_of = {layer: n for n, cut in enumerate(sharable.cuts, start=1) for layer in cut.unit.layers}
+    records = []
+    for layer in find_layers(sharable.stem):
+        name = layer.pre_activation.name or ""
+        if name not in places or layer.name not in unit_of:
+            continue
+        correlation = statistics[name].correlation()
+        order = alignment[places[name][0].name]
+        records.append(
+            LayerSimilarity(
+                unit=unit_of[layer.name],
+                layer=layer.name,
+                channels=len(order),
+                correlation=matched(correlation, order),
+                correlation_unaligned=matched(correlation, np.arange(len(order))),
+                cka=statistics[name].cka(),
+            )
+        )
+    return records

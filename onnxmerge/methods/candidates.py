@@ -1,0 +1,48 @@
+"""Finished candidates on disk, so that an interrupted run can be resumed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from onnxmerge.files import write_text
+from onnxmerge.report.schema import Candidate
+
+
+class Shelf:
+    """The candidates of one output folder: beside each model `NAME.onnx` a record `NAME.json` with its recipe's hash.
+
+    Args:
+        folder: the output folder.
+        recipe: only candidates made by the same recipe are taken again.
+        resume: whether earlier ones are looked for at all.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], *, resume: bool):
+        self._folder = folder
+        self._fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        self._resume = resume
+
+    def model_path(self, name: str) -> Path:
+        """Where the model of candidate `name` is."""
+        return self._folder / f"{name}.onnx"
+
+    def get(self, name: str) -> Candidate | None:
+        """The finished candidate `name` of an earlier run with the same recipe, if there is one."""
+        record = self._folder / f"{name}.json"
+        if not self._resume or not record.is_file() or not self.model_path(name).is_file():
+            return None
+        try:
+            stored = json.loads(record.read_text(encoding="utf-8"))
+            same = stored["fingerprint"] == self._fingerprint
+            return Candidate.model_validate(stored["candidate"]) if same else None
+        except (KeyError, TypeError, ValueError, ValidationError):
+            return None
+
+    def put(self, candidate: Candidate) -> None:
+        """Record a finished candidate, whose model is written already."""
+        record = {"fingerprint": self._fingerprint, "candidate": candidate.model_dump(mode="json")}
+        write_text(self._folder / f"{candidate.name}.json", json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,102 @@
+"""Measure a merged model against its originals: scores on held-out samples, latency and memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as oir
+
+from onnxmerge.data import Split
+from onnxmerge.methods.scoring import compare
+from onnxmerge.methods.task import Feeds, Task
+from onnxmerge.report.schema import LatencyRecord, MemoryRecord, TaskScore
+from onnxmerge.runtime.activations import BATCH, Stored, store
+from onnxmerge.runtime.latency import latency
+from onnxmerge.runtime.memory import measure_memory
+
+
+class Judge:
+    """Scores merged models; the originals' outputs are computed once and kept on disk.
+
+    Args:
+        tasks: the originals.
+        folder: for temporary files.
+        threads: for onnxruntime.
+    """
+
+    def __init__(self, tasks: Sequence[Task], folder: Path, threads: int | None):
+        self.tasks = tasks
+        self.threads = threads
+        self._folder = folder
+        self._expected: dict[str, Stored] = {}
+
+    def score(self, merged: oir.Model) -> dict[str, TaskScore]:
+        """How each task fares in `merged`, whose outputs are called `TASK/output`."""
+        names = [value.name or "" for value in merged.graph.inputs]
+        scores = {}
+        for task in self.tasks:
+            split = task.data.held_out
+            tally = compare(
+                merged,
+                [f"{task.name}/{output}" for output in task.outputs],
+                Feeds(split, dict(zip(task.inputs, names, strict=True))),
+                self._outputs(task, split).batches(BATCH),
+                task.outputs,
+                split,
+                threads=self.threads,
+            )
+            scores[task.name] = tally.score()
+        return scores
+
+    def _outputs(self, task: Task, split: Split) -> Stored:
+        if task.name not in self._expected:
+            samples = task.feeds(split, task)
+            folder = self._folder / f"originals-{task.name}"
+            self._expected[task.name] = store(
+                task.model, samples, task.outputs, len(split), folder, threads=self.threads
+            )
+        return self._expected[task.name]
+
+
+class Bench:
+    """Latency and memory of merged model files against the original files.
+
+    Args:
+        tasks: the originals.
+        inputs: the merged model's input names.
+        threads: for onnxruntime.
+        providers: where to run.
+    """
+
+    def __init__(self, tasks: Sequence[Task], inputs: Sequence[str], threads: int | None, providers: Sequence[str]):
+        self.paths = [task.path for task in tasks]
+        self.threads = threads
+        self.providers = providers
+        self._separate_memory: float | None = None
+        first = [next(task.data.held_out.batches(1)).inputs for task in tasks]
+        self.separate_feeds: list[dict[str, np.ndarray]] = first
+        own = dict(zip(inputs, tasks[0].inputs, strict=True))
+        self.feeds = {name: first[0][theirs] for name, theirs in own.items()}
+
+    def latency(self, path: Path) -> tuple[LatencyRecord, bool]:
+        """Medians for one sample, and whether they are reliable (see `onnxmerge.runtime.latency`)."""
+        found = latency(
+            path, self.paths, self.feeds, self.separate_feeds, threads=self.threads, providers=self.providers
+        )
+        record = LatencyRecord(
+            merged=found.merged,
+            separate=found.separate,
+            separate_default=found.separate_default,
+            speedup=found.speedup,
+        )
+        return record, found.reliable
+
+    def memory(self, path: Path) -> MemoryRecord:
+        """Unique set size of the merged model and of all originals together, each in a fresh process."""
+        merged = measure_memory([path], [self.feeds], providers=self.providers, threads=self.threads)
+        if self._separate_memory is None:
+            separate = measure_memory(
+                self.paths, self.separate_feeds, providers=self.providers, threads=self.threads
+            )
+            self._separate_memory = None if separate is None else separate.unique_mb
+        return MemoryRecord(merged=None if merged is None else merged.unique_mb, separate=self._separate_memory)
