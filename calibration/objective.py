@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 import torch
-from torch import Tensor
-
 from onnxmerge.calibration import losses
 from onnxmerge.calibration.module import GraphModule
+from torch import Tensor
+
 from onnxmerge.data import Batch
 from onnxmerge.errors import ModelError, UsageError
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 import torch
-from torch import Tensor
-
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
 from onnxmerge.calibration.streams import Batches, Stream, group
+from torch import Tensor
+
 from onnxmerge.data import Split
 
 HELD_OUT_SAMPLES = 1000
@@ -135,8 +135,8 @@ def _train(
     try:
         outcome.losses.append((0, best.offer(0, judge.loss())))
         sources = [stream.shuffled(data, settings.batch, settings.seed) for stream in streams]
-        optimiser = torch.optim.AdamW([{'params': [p]} for p in parameters] if REL else parameters, lr=settings.rate, betas=BETAS)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [settings.rate * max(float(p.detach().square().mean().sqrt()), 1e-3) for p in parameters] if REL else settings.rate, pct_start=PCT, cycle_momentum=CYC, total_steps=max(settings.steps, 1))
+        optimiser = torch.optim.AdamW(parameters, lr=settings.rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.rate, total_steps=max(settings.steps, 1))
         for step in range(1, settings.steps + 1):
             finite = _step(student, streams, sources, optimiser)
             schedule.step()
@@ -171,13 +171,6 @@ def _step(
         finite = finite and math.isfinite(loss.item())
     optimiser.step()
     return finite
-
-
-BF = False
-REL = False
-BETAS = (0.9, 0.999)
-PCT = 0.3
-CYC = True
 
 
 class _Best:

@@ -1,1 +1,33 @@
-"""onnxmerge: merge trained ONNX networks of different tasks into one."""
+"""onnxmerge: merge trained ONNX networks of different tasks into one that does all their jobs.
+
+    import onnxmerge
+    result = onnxmerge.zip_models(["a.onnx", "b.onnx"], data="samples.npz", output="zipped")
+    print(result.chosen, result.candidate(result.chosen).latency_ms.speedup)
+
+The functions are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxmerge.methods.inspect import inspect_model
+    from onnxmerge.methods.validate import Bounds, validate_model
+    from onnxmerge.methods.zip import ZipSettings, plan_zip, zip_models
+
+_HOMES = {
+    "Bounds": "onnxmerge.methods.validate",
+    "ZipSettings": "onnxmerge.methods.zip",
+    "inspect_model": "onnxmerge.methods.inspect",
+    "plan_zip": "onnxmerge.methods.zip",
+    "validate_model": "onnxmerge.methods.validate",
+    "zip_models": "onnxmerge.methods.zip",
+}
+
+__all__ = ["Bounds", "ZipSettings", "inspect_model", "plan_zip", "validate_model", "zip_models"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'onnxmerge' has no attribute {name!r}")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
+from onnxmerge.passes.permute import permute_slots, slot_rows
 from scipy.optimize import linear_sum_assignment
 
 from onnxmerge.ir.spaces import Slots, Space
 from onnxmerge.ir.weights import get_array
-from onnxmerge.passes.permute import permute_slots, slot_rows
 from onnxmerge.runtime.statistics import PairStatistics
 
 Alignment = dict[str, np.ndarray]
@@ -35,7 +35,13 @@ def align_by_activations(spaces: Sequence[Space], statistics: Mapping[str, PairS
 
 
 def align_by_weights(
-    spaces: Sequence[Space], first: oir.Model, second: oir.Model, constants: Mapping[str, str], *, seed: int, sweeps: int = 5
+    spaces: Sequence[Space],
+    first: oir.Model,
+    second: oir.Model,
+    constants: Mapping[str, str],
+    *,
+    seed: int,
+    sweeps: int = 5,
 ) -> Alignment:
     """Assignment by weights: coordinate descent over spaces from several seeded orders, the best total kept.
 

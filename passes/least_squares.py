@@ -47,9 +47,7 @@ def solve_least_squares(
         scale = float(np.trace(gram[group][:fan_in, :fan_in])) / max(fan_in, 1)
         pull = np.full(fan_in + 1, ridge * max(scale, 1e-12))
         pull[-1] = 1e-9 * gram[group][-1, -1]
-        solution[group] = np.linalg.solve(
-            gram[group] + np.diag(pull), cross[group] + pull[:, None] * prior[group]
-        )
+        solution[group] = np.linalg.solve(gram[group] + np.diag(pull), cross[group] + pull[:, None] * prior[group])
     return solution
 
 

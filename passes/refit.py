@@ -125,9 +125,7 @@ class Refit(oir.passes.InPlacePass):
     def _advance(self, piece: oir.Model, teacher: Teacher, at: list[str], cut: str, folder: Path) -> Teacher:
         theirs = teacher.values[cut]
         model = cut_out(teacher.model, [teacher.values[name] for name in at], [theirs])
-        after = cut_out(
-            teacher.model, [theirs], [v.name or "" for v in teacher.model.graph.outputs]
-        )
+        after = cut_out(teacher.model, [theirs], [v.name or "" for v in teacher.model.graph.outputs])
         return Teacher(
             after,
             store(model, teacher.samples, [theirs], teacher.count, folder / "teacher", threads=self.threads),
@@ -193,10 +191,10 @@ class Refit(oir.passes.InPlacePass):
 
 def _ancestors(piece: oir.Model, unfinished: set[oir.Node]) -> dict[oir.Value, bool]:
     """For each computed value whether an unfinished layer stands before it."""
-    depends = {value: False for value in piece.graph.inputs}
+    depends = dict.fromkeys(piece.graph.inputs, False)
     for node in piece.graph:
         late = node in unfinished or any(depends.get(v, False) for v in node.inputs if v is not None)
-        depends |= {value: late for value in node.outputs}
+        depends |= dict.fromkeys(node.outputs, late)
     return depends
 
 
@@ -218,5 +216,3 @@ def _set_weights_and_bias(piece: oir.Model, layer: Layer, solution: np.ndarray) 
 def _copy_weights(source: oir.Model, target: oir.Model) -> None:
     for name, value in source.graph.initializers.items():
         set_array(target.graph.initializers[name], get_array(value))
-
-

@@ -3,9 +3,8 @@
 from functools import reduce
 
 import torch
-from torch import Tensor
-
 from onnxmerge.calibration.operators.registry import Attributes, operator, register_plain
+from torch import Tensor
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:

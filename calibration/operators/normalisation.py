@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from onnxmerge.calibration.operators.registry import Attributes, operator
+from torch import Tensor
 
 EPSILON = 1e-5
 

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from onnxmerge.calibration.operators.registry import OPERATORS, Attributes, Operator, integers, operator
+from torch import Tensor
 
 
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:

@@ -1,9 +1,8 @@
 """Operators that pick entries: slice and gather."""
 
 import torch
-from torch import Tensor
-
 from onnxmerge.calibration.operators.registry import Attributes, integers, operator
+from torch import Tensor
 
 
 @operator("Slice")

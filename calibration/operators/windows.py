@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
-
 from onnxmerge.calibration.operators.registry import Attributes
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def _difference(left: oir.Node, right: oir.Node, found: Correspondence, same_siz
                 return "it reads other values"
         elif same_sizes and dims(a) != dims(b):
             return f"{a.name!r} has shape {list(dims(a))} in one network and {list(dims(b))} in the other"
-        elif not is_float(a) and not (get_array(a).shape == get_array(b).shape and (get_array(a) == get_array(b)).all()):
+        elif not is_float(a) and not (
+            get_array(a).shape == get_array(b).shape and (get_array(a) == get_array(b)).all()
+        ):
             return f"the constant {a.name!r} differs"
     return None
 

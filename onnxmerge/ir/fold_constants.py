@@ -61,5 +61,3 @@ def _evaluate(node: oir.Node, opset: int) -> list[np.ndarray] | None:
         return None
     arrays = [np.asarray(r) for r in results]
     return arrays if sum(a.nbytes for a in arrays) <= _LIMIT_BYTES else None
-
-

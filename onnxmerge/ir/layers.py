@@ -124,4 +124,6 @@ def _only_consumer(value: oir.Value, op_types: set[str]) -> oir.Node | None:
 
 def parameter_count(model: oir.Model) -> int:
     """Number of floating-point elements stored in initializers."""
-    return sum(v.const_value.size for v in model.graph.initializers.values() if v.const_value is not None and is_float(v))
+    return sum(
+        v.const_value.size for v in model.graph.initializers.values() if v.const_value is not None and is_float(v)
+    )

@@ -110,7 +110,9 @@ def _whole_axis(stem: oir.Model, cut: str) -> tuple[int, int] | None:
     return None
 
 
-def align(sharable: Sharable, task: Task, tasks: Sequence[Task], *, samples: int, seed: int, threads: int | None) -> Aligned:
+def align(
+    sharable: Sharable, task: Task, tasks: Sequence[Task], *, samples: int, seed: int, threads: int | None
+) -> Aligned:
     """Align `task` with the reference by the correlation of pre-activations on every task's samples."""
     assert sharable.stem is not None
     places = _places(sharable)

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.data import Split
-from onnxmerge.methods.scoring import compare
+from onnxmerge.methods.scoring import Tally, compare
 from onnxmerge.methods.task import Feeds, Task
 from onnxmerge.report.schema import LatencyRecord, MemoryRecord, TaskScore
 from onnxmerge.runtime.activations import BATCH, Stored, store
@@ -22,38 +21,49 @@ class Judge:
         tasks: the originals.
         folder: for temporary files.
         threads: for onnxruntime.
+        samples: at most this many held-out samples of each task; None: all.
+        seed: of the choice of samples.
     """
 
-    def __init__(self, tasks: Sequence[Task], folder: Path, threads: int | None):
+    def __init__(
+        self, tasks: Sequence[Task], folder: Path, threads: int | None, *, samples: int | None = None, seed: int = 0
+    ):
         self.tasks = tasks
         self.threads = threads
         self._folder = folder
+        self._splits = {
+            task.name: task.data.held_out if samples is None else task.data.held_out.take(samples, seed)
+            for task in tasks
+        }
         self._expected: dict[str, Stored] = {}
 
     def score(self, merged: oir.Model) -> dict[str, TaskScore]:
         """How each task fares in `merged`, whose outputs are called `TASK/output`."""
+        return {task: tally.score() for task, tally in self.tally(merged).items()}
+
+    def tally(self, merged: oir.Model, atol: float | None = None, rtol: float | None = None) -> dict[str, Tally]:
+        """The sums behind the scores; with a tolerance, also how many values exceed it."""
         names = [value.name or "" for value in merged.graph.inputs]
-        scores = {}
-        for task in self.tasks:
-            split = task.data.held_out
-            tally = compare(
+        return {
+            task.name: compare(
                 merged,
                 [f"{task.name}/{output}" for output in task.outputs],
-                Feeds(split, dict(zip(task.inputs, names, strict=True))),
-                self._outputs(task, split).batches(BATCH),
+                Feeds(self._splits[task.name], dict(zip(task.inputs, names, strict=True))),
+                self._outputs(task).batches(BATCH),
                 task.outputs,
-                split,
+                self._splits[task.name],
+                Tally(atol=atol, rtol=rtol),
                 threads=self.threads,
             )
-            scores[task.name] = tally.score()
-        return scores
+            for task in self.tasks
+        }
 
-    def _outputs(self, task: Task, split: Split) -> Stored:
+    def _outputs(self, task: Task) -> Stored:
         if task.name not in self._expected:
-            samples = task.feeds(split, task)
+            split = self._splits[task.name]
             folder = self._folder / f"originals-{task.name}"
             self._expected[task.name] = store(
-                task.model, samples, task.outputs, len(split), folder, threads=self.threads
+                task.model, task.feeds(split, task), task.outputs, len(split), folder, threads=self.threads
             )
         return self._expected[task.name]
 
@@ -95,8 +105,6 @@ class Bench:
         """Unique set size of the merged model and of all originals together, each in a fresh process."""
         merged = measure_memory([path], [self.feeds], providers=self.providers, threads=self.threads)
         if self._separate_memory is None:
-            separate = measure_memory(
-                self.paths, self.separate_feeds, providers=self.providers, threads=self.threads
-            )
+            separate = measure_memory(self.paths, self.separate_feeds, providers=self.providers, threads=self.threads)
             self._separate_memory = None if separate is None else separate.unique_mb
         return MemoryRecord(merged=None if merged is None else merged.unique_mb, separate=self._separate_memory)

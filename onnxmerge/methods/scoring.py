@@ -16,7 +16,6 @@ from onnxmerge.runtime.activations import BATCH, Samples, stream
 class Tally:
     """Running sums over batches of one task's outputs."""
 
-    samples: int = 0
     correct: int = 0
     original_correct: int = 0
     labelled: int = 0
@@ -26,18 +25,23 @@ class Tally:
     magnitude: float = 0.0
     largest: float = 0.0
     """Largest absolute difference of any output."""
-    scale: float = 0.0
-    """Largest absolute value of any original output."""
+    compared: int = 0
+    violations: int = 0
+    """Output values that differ by more than `atol + rtol |original|`."""
+    atol: float | None = None
+    rtol: float | None = None
 
     def update(self, merged: Sequence[np.ndarray], original: Sequence[np.ndarray], labels: np.ndarray | None) -> None:
         """Add a batch: the outputs in one order, and class numbers where known."""
-        self.samples += len(original[0])
         for ours, theirs in zip(merged, original, strict=True):
             gap = ours.astype(np.float64) - theirs
             self.difference += float((gap**2).sum())
             self.magnitude += float((theirs.astype(np.float64) ** 2).sum())
             self.largest = max(self.largest, float(np.abs(gap).max(initial=0)))
-            self.scale = max(self.scale, float(np.abs(theirs).max(initial=0)))
+            self.compared += gap.size
+            if self.atol is not None or self.rtol is not None:
+                bound = (self.atol or 0.0) + (self.rtol or 0.0) * np.abs(theirs)
+                self.violations += int((np.abs(gap) > bound).sum())
         if original[0].ndim != 2 or original[0].shape[1] < 2:
             return
         ours, theirs = merged[0].argmax(1), original[0].argmax(1)
@@ -65,11 +69,11 @@ def compare(
     original: Iterator[Mapping[str, np.ndarray]],
     original_names: Sequence[str],
     split: Split,
+    tally: Tally,
     *,
     threads: int | None = None,
 ) -> Tally:
     """Run `merged` over `merged_samples` and hold its outputs `names` against the original's, batch by batch."""
-    tally = Tally()
     ours = stream(merged, merged_samples, names, threads=threads)
     for batch, ran, expected in zip(split.batches(BATCH), ours, original, strict=True):
         _check_labels(batch.labels, expected[original_names[0]], original_names[0])

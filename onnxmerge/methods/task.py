@@ -125,9 +125,7 @@ def load_networks(paths: Sequence[str | os.PathLike[str]]) -> list[Network]:
     return networks
 
 
-def with_data(
-    networks: Sequence[Network], sources: Mapping[str, str | os.PathLike[str]], *, seed: int
-) -> list[Task]:
+def with_data(networks: Sequence[Network], sources: Mapping[str, str | os.PathLike[str]], *, seed: int) -> list[Task]:
     """Give each network its samples.
 
     Args:
@@ -153,7 +151,9 @@ def with_data(
 
 def input_specs(model: oir.Model) -> list[InputSpec]:
     """What data must look like to be fed to `model`."""
-    return [InputSpec(v.name or "", dims(v), np.dtype(v.dtype.numpy())) for v in model.graph.inputs if v.dtype is not None]
+    return [
+        InputSpec(v.name or "", dims(v), np.dtype(v.dtype.numpy())) for v in model.graph.inputs if v.dtype is not None
+    ]
 
 
 def _check_inputs(

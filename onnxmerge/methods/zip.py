@@ -33,6 +33,7 @@ from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, TaskScore
 from onnxmerge.report.write import write_report
 
+
 @dataclass(frozen=True)
 class ZipSettings:
     """What can be set; everything here goes into the recipe.

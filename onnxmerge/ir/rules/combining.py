@@ -33,7 +33,7 @@ def concat(node: oir.Node, trace: Trace) -> None:
 def _spread(trace: Trace, value: oir.Value, label: np.ndarray, axis: int) -> np.ndarray | None:
     """`label` with one atom for each index of `axis`; an operand without channels gets fixed ones."""
     size = dims(value)[axis]
-    if size is None or label.shape[axis] == size and carries(label):
+    if size is None or (label.shape[axis] == size and carries(label)):
         return None if size is None else label
     shape = [1] * label.ndim
     shape[axis] = size

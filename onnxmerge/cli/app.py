@@ -1,0 +1,23 @@
+"""The Typer application and its entry point."""
+
+import typer
+
+from onnxmerge.cli import bench, demo, inspect, validate, zip
+
+app = typer.Typer(
+    name="onnxmerge",
+    help="Merge trained ONNX networks of different tasks into one that does all their jobs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("inspect")(inspect.inspect)
+app.command("zip")(zip.zip)
+app.command("validate")(validate.validate)
+app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the `onnxmerge` command."""
+    app()

@@ -1,0 +1,87 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxmerge.report.schema import Result
+
+Models = Annotated[list[Path], typer.Argument(help="ONNX files.", show_default=False)]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="[TASK=]D",
+        help="Samples: an .npz, a folder of images, a YAML data card or module:function; for all tasks or for one.",
+        show_default=False,
+    ),
+]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder.", show_default=False)]
+Steps = Annotated[
+    int, typer.Option("--steps", min=0, help="Calibration steps for each candidate; 0: closed form only.")
+]
+Labels = Annotated[bool, typer.Option("--labels/--no-labels", help="Use the data's labels in calibration.")]
+Samples = Annotated[int, typer.Option("--samples", min=2, help="Unlabelled samples of each task for the closed form.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything drawn at random.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads inside one operator.")]
+Providers = Annotated[str, typer.Option("--providers", metavar="P[,P]", help="Where to run: cpu, cuda, tensorrt.")]
+Report = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Also write the report to FILE (.json or .html).")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep the candidates of an interrupted run and go on.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
+
+
+def provider_list(text: str) -> tuple[str, ...]:
+    """The providers in `--providers`, e.g. "tensorrt,cuda"."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def task_models(values: list[str]) -> dict[str, Path]:
+    """What `--against TASK=MODEL.onnx ...` names; the task defaults to the file's stem.
+
+    Raises:
+        UsageError: a task is named twice.
+    """
+    found: dict[str, Path] = {}
+    for value in values:
+        task, separator, path = value.partition("=")
+        if not separator or Path(value).exists():
+            task, path = Path(value).stem, value
+        if task in found:
+            raise UsageError(f"--against: the task {task!r} is named twice")
+        found[task] = Path(path)
+    return found
+
+
+def show(result: "Result", *, as_json: bool, report: Path | None) -> None:
+    """Print the result on stdout and write it to `report` when asked."""
+    from onnxmerge.files import write_text
+
+    if as_json:
+        print(result.to_json(), end="")
+    else:
+        from rich.console import Console
+
+        from onnxmerge.report.tables import print_result
+
+        print_result(result, Console())
+    if report is not None:
+        from onnxmerge.report.page import render_page
+
+        write_text(report, result.to_json() if report.suffix == ".json" else render_page(result))
+
+
+def print_json(data: Any) -> None:
+    """Print plain data as JSON on stdout."""
+    import json
+
+    print(json.dumps(data, indent=2))
