@@ -8,6 +8,7 @@ import onnx_ir
 import torch
 from onnxmerge.calibration import losses
 from onnxmerge.calibration.module import GraphModule
+from onnxmerge.calibration.settings import Settings
 from torch import Tensor
 
 from onnxmerge.data import Batch
@@ -58,10 +59,7 @@ class Objective:
         outputs: Mapping[str, str],
         inputs: Mapping[str, str],
         taps: Sequence[FeatureTap],
-        *,
-        temperature: float,
-        feature_weight: float,
-        use_labels: bool,
+        settings: Settings,
     ):
         """`outputs` and `inputs` map the merged model's names to the teacher's.
 
@@ -70,11 +68,11 @@ class Objective:
             UsageError: a name is no value of its model.
         """
         self.task, self.inputs = task, dict(inputs)
-        self._temperature, self._feature_weight, self._use_labels = temperature, feature_weight, use_labels
+        self._settings = settings
         self._outputs = [_logits(merged, teacher, s, t) for s, t in outputs.items() if _is_float(merged, s)]
         if not self._outputs:
             raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
-        self._taps = [_tapped(tap) for tap in taps if tap.task == task] if feature_weight else []
+        self._taps = [_tapped(tap) for tap in taps if tap.task == task] if settings.feature_weight else []
         self._teacher = GraphModule(teacher, [pair.teacher for pair in self._outputs + self._taps])
         self._teacher.requires_grad_(False).to(memory_format=torch.channels_last)
         self._variances = [1.0] * len(self._outputs)
@@ -117,8 +115,8 @@ class Objective:
             self._check_shapes(pair, z, z_t)
             total = total + losses.logit_error(z, z_t, variance)
             if _is_classifier(z):
-                total = total + losses.kl(z, z_t, self._temperature)
-        if self._use_labels:
+                total = total + losses.kl(z, z_t, self._settings.temperature)
+        if self._settings.use_labels:
             total = total + self._label_loss(values[self._outputs[0].student], batch.labels)
         return total
 
@@ -127,11 +125,12 @@ class Objective:
         total = self.output_loss(values, targets, batch)
         if not self._taps:
             return total
+        error = losses.feature_l1 if self._settings.feature_norm == "l1" else losses.feature_l2
         errors = []
         for pair, f_t in zip(self._taps, targets[len(self._outputs) :], strict=True):
             self._check_shapes(pair, values[pair.student], f_t)
-            errors.append(losses.feature_l1(values[pair.student], f_t))
-        return total + self._feature_weight * torch.stack(errors).mean()
+            errors.append(error(values[pair.student].float(), f_t))
+        return total + self._settings.feature_weight * torch.stack(errors).mean()
 
     def _run(self, batch: Batch, pairs: Sequence[Pair]) -> list[Tensor]:
         names = [pair.teacher for pair in pairs]

@@ -1,7 +1,8 @@
 """Put a 1x1 adapter behind an input of a network: a linear map on the channels that come in.
 
 It begins as the given order and gain, Z[order[i]] = gain[i] X[i], so that a tail reads a stem whose channels stand in
-another network's order and scale (exact); `Refit` then makes it the best linear map. Residual adapters: Rebuffi et al. 2017.
+another network's order and scale (exact); `Refit` then makes it the best linear map. Residual adapters: Rebuffi et al.
+2017.
 """
 
 import numpy as np

@@ -61,7 +61,7 @@ def solve_repair(statistics: Sequence[Regression], current: np.ndarray) -> np.nd
         current: [groups, fan in + 1, outputs], the layer's weights with the bias in the last row.
     """
     rows = sum(task.rows for task in statistics)
-    gram = sum(task.gram for task in statistics) / rows
+    gram = np.sum([task.gram for task in statistics], axis=0) / rows
     target_mean = np.mean([task.target_sum / task.rows for task in statistics], axis=0)
     target_deviation = np.mean([np.sqrt(task.target_variance()) for task in statistics], axis=0)
     repaired = np.array(current)

@@ -33,7 +33,7 @@ class Net:
 
     def input(self, shape: Sequence[int | str], name: str = "x") -> str:
         self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-        self.channels[name] = int(shape[1]) if len(shape) > 1 else 1
+        self.channels[name] = int(shape[1] if len(shape) == 4 else shape[-1])
         return name
 
     def output(self, *names: str) -> None:

@@ -159,7 +159,7 @@ def channel_shuffle():
     return net
 
 
-@graph(2, 2, 2, 2, 3, 3)
+@graph(2, 2, 2, 2, 2, 2, 3, 3)
 def channel_shuffle_between_groups():
     net = Net()
     x = net.relu(net.conv(net.conv(net.input(IMAGE), 6), 8, group=2))

@@ -31,8 +31,8 @@ def inspect(
         _print(found)
     if found["check"] is not None and not found["check"]["passed"]:
         raise GateFailed(
-            f"{model}: permuting channels changes the outputs by {found['check']['max_relative_error']:.1e} (relative), "
-            f"first in the space {found['check']['worst_space']}"
+            f"{model}: permuting channels changes the outputs by {found['check']['max_relative_error']:.1e} "
+            f"(relative), most in the space {found['check']['worst_space']}"
         )
 
 

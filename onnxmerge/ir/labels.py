@@ -53,6 +53,8 @@ class Trace:
     frozen: list[Frozen] = field(default_factory=list)
     tags: list[np.ndarray] = field(default_factory=list)
     """Sets of atoms that must not mix with others (the channels of one group)."""
+    moves: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """For each transposed label its atoms in their new order, and the place that each had before."""
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     atoms: int = 0
     _united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 After `normalise`: functions are inlined; constants are initializers and every constant sub-expression is folded into
 one; initializers are no graph inputs; the opset is at least `OPSET`; the batch axis is symbolic where the graph allows
-it; every float weight has exactly one reader; names are unique; shapes are inferred.
+it; every array has exactly one reader; names are unique; shapes are inferred.
 """
 
 import logging
@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 
 from onnxmerge.errors import ModelError
 from onnxmerge.ir.fold_constants import fold_constants
+from onnxmerge.ir.labels import dims
 from onnxmerge.ir.weights import add_initializer
 
 OPSET = 18
@@ -95,7 +96,7 @@ def free_batch(model: oir.Model) -> None:
     the old batch size gets 0 ("copy this axis") instead.
     """
     inputs = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) > 1]
-    batches = {value.shape[0] for value in inputs if isinstance(value.shape[0], int)}
+    batches = {size for value in inputs if isinstance(size := dims(value)[0], int)}
     if len(inputs) != len(model.graph.inputs) or len(batches) != 1:
         return
     fixed = batches.pop()
@@ -115,9 +116,9 @@ def _follows(model: oir.Model, fixed: int, size: int) -> bool:
 
 def _set_batch(model: oir.Model, fixed: int, batch: int | str) -> None:
     for value in model.graph.inputs:
-        value.shape = oir.Shape([batch, *list(value.shape)[1:]])
+        value.shape = _with_batch(value, batch)
     for output in model.graph.outputs:
-        output.shape = oir.Shape([batch, *list(output.shape)[1:]]) if isinstance(batch, str) else None
+        output.shape = _with_batch(output, batch) if isinstance(batch, str) else None
     for node in model.graph:
         if node.op_type != "Reshape" or node.domain not in ("", "ai.onnx"):
             continue
@@ -131,16 +132,19 @@ def _set_batch(model: oir.Model, fixed: int, batch: int | str) -> None:
             node.replace_input_with(1, replacement)
 
 
+def _with_batch(value: oir.Value, batch: int | str) -> oir.Shape:
+    assert value.shape is not None
+    return oir.Shape([batch, *list(value.shape)[1:]])
+
+
 def untie(model: oir.Model) -> None:
-    """Give each reader of a float weight its own copy, so that rewriting one layer cannot change another.
+    """Give each reader of an array its own copy, so that rewriting one layer cannot change another.
 
     Exporters store bit-equal initializers once; the copies become one again when the model is saved.
     """
     for name, value in list(model.graph.initializers.items()):
         uses = list(value.uses())
         if len(uses) < 2 or value.const_value is None or value.const_value.size < 2:
-            continue
-        if not value.const_value.dtype.is_floating_point():
             continue
         for number, (node, index) in enumerate(uses[1:], start=1):
             copy = add_initializer(model.graph, f"{name}__{number}", value.const_value.numpy())

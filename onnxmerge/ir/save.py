@@ -26,7 +26,7 @@ def save(model: oir.Model, path: str | os.PathLike[str], metadata: Mapping[str, 
     """
     target = Path(path)
     stored = model.clone()
-    common.DeduplicateInitializersPass()(stored)
+    common.DeduplicateHashedInitializersPass()(stored)
     stored.metadata_props.update(metadata or {})
     size = sum(v.const_value.nbytes for v in stored.graph.initializers.values() if v.const_value is not None)
     data = f"{target.name}.data"

@@ -1,10 +1,12 @@
 """Channel spaces: maximal sets of tensor axes whose indices stand for the same channels.
 
 After the label run an atom's *signature* is what its class touches: how often, in which constants and which values. A
-space is all classes with one signature, so a Split, a skip that reads half the channels, or two halves that pass through
-different operators separate by themselves, and a flatten gives each channel its block of slots in order.
+space is all classes with one signature, so a Split, a skip that reads half the channels, or two halves that pass
+through different operators separate by themselves, and a flatten gives each channel its block of slots in order.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,11 +101,15 @@ def _captured(node: oir.Node) -> list[oir.Value]:
     return found
 
 
+_Touch = tuple[str, tuple[int, ...], Rows | None, np.ndarray]
+"""Name, axes, rows and atoms of an array or value."""
+
+
 def _collect(trace: Trace) -> list[Space]:
     classes, fixed = trace.classes()
-    touched = [(use.name, use.axes, use.rows, use.atoms) for use in trace.uses]
-    values = [(name, _axes(label), None, label.ravel()) for name, label in trace.labels.items()]
-    signature = _refine(classes, len(fixed), [t[3] for t in touched + values] + trace.tags)
+    touched: list[_Touch] = [(use.name, use.axes, use.rows, use.atoms) for use in trace.uses]
+    values: list[_Touch] = [(name, _axes(label), None, label.ravel()) for name, label in trace.labels.items()]
+    signature = _refine(classes, len(fixed), [t[3] for t in touched + values] + trace.tags, trace.moves)
     members: dict[int, list[int]] = {}
     for cls in dict.fromkeys(classes.tolist()):  # in order of the first atom
         if not fixed[cls]:
@@ -116,33 +122,53 @@ def _collect(trace: Trace) -> list[Space]:
     sizes = [len(own) for own in members.values()]
     weights = _slots(touched, classes, space_of, place, sizes)
     carried = _slots(values, classes, space_of, place, sizes)
-    return [
-        Space(f"{(weights[n] or carried[n])[0].name}", sizes[n], tuple(weights[n]), tuple(carried[n]))
-        for n in range(len(sizes))
-        if weights[n]
-    ]
+    found = []
+    seen: Counter[str] = Counter()
+    for size, own_weights, own_values in zip(sizes, weights, carried, strict=True):
+        if not own_weights:
+            continue
+        name = own_weights[0].name
+        seen[name] += 1
+        unique = name if seen[name] == 1 else f"{name}#{seen[name]}"  # e.g. the groups of a grouped convolution
+        found.append(Space(unique, size, tuple(own_weights), tuple(own_values)))
+    return found
 
 
 def _axes(label: np.ndarray) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(label.shape) if size > 1)
 
 
-def _refine(classes: np.ndarray, count: int, groups: list[np.ndarray]) -> np.ndarray:
-    """Split the classes until all classes with one number are touched equally often by every group of atoms."""
+def _refine(
+    classes: np.ndarray, count: int, groups: Iterable[np.ndarray], moves: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Split the classes until all with one number are touched equally often by every group of atoms, and had their
+    slots reordered in the same way by every transposition.
+    """
+    keys = [np.unique(classes[atoms[atoms != NO_CHANNEL]], return_counts=True) for atoms in groups]
+    keys += [_reorderings(classes, atoms, places) for atoms, places in moves]
     number = np.zeros(count, np.int64)
     next_number = 1
-    for atoms in groups:
-        own, times = np.unique(classes[atoms[atoms != NO_CHANNEL]], return_counts=True)
+    for own, key in keys:
         if len(own) == 0:
             continue
-        _, split = np.unique(np.stack([number[own], times]), axis=1, return_inverse=True)
+        _, split = np.unique(np.stack([number[own], key]), axis=1, return_inverse=True)
         number[own] = next_number + split.ravel()
         next_number += int(split.max()) + 1
     return number
 
 
+def _reorderings(classes: np.ndarray, atoms: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes that a transposition touches, and for each a number that tells how it reordered the class's slots."""
+    before: dict[int, list[int]] = {}
+    for cls, place in zip(classes[atoms].tolist(), places.tolist(), strict=True):
+        before.setdefault(cls, []).append(place)
+    patterns: dict[tuple[int, ...], int] = {}
+    order = [patterns.setdefault(tuple(np.argsort(own).tolist()), len(patterns)) for own in before.values()]
+    return np.array(list(before), np.int64), np.array(order, np.int64)
+
+
 def _slots(
-    touched: list[tuple[str, tuple[int, ...], Rows | None, np.ndarray]],
+    touched: list[_Touch],
     classes: np.ndarray,
     space_of: np.ndarray,
     place: np.ndarray,

@@ -8,6 +8,7 @@ import onnx_ir as oir
 
 from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.correspond import Correspondence, correspond
+from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.spaces import Slots, Space, find_spaces
 from onnxmerge.ir.units import Unit, find_units
@@ -104,9 +105,9 @@ def _whole_axis(stem: oir.Model, cut: str) -> tuple[int, int] | None:
     for space in find_spaces(stem, frozenset([cut])).spaces:
         slots = space.value(cut)
         if slots is not None:
-            value = stem.graph.outputs[0]
-            whole = len(slots.axes) == 1 and slots.index.shape[1] == 1 and value.shape is not None
-            return (slots.axes[0], space.size) if whole and value.shape[slots.axes[0]] == space.size else None
+            whole = len(slots.axes) == 1 and slots.index.shape[1] == 1
+            sizes = dims(stem.graph.outputs[0])
+            return (slots.axes[0], space.size) if whole and sizes[slots.axes[0]] == space.size else None
     return None
 
 

@@ -1,6 +1,7 @@
 """What a linear layer multiplies with its weight: rows of patches (im2col), at sampled positions."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,10 +65,11 @@ def _patches(layer: Layer, array: np.ndarray, positions: Positions) -> np.ndarra
     padded = np.pad(array, [(0, 0), (0, 0), *zip(before, after, strict=True)])
     extent = tuple(d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True))
     windows = np.lib.stride_tricks.sliding_window_view(padded, extent, tuple(range(2, 2 + dimensions)))
-    steps = (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
-    windows = windows[steps]
+    strided: tuple[Any, ...] = (..., *(slice(None, None, step) for step in (*strides, *dilations)))
+    windows = windows[strided]
     where = np.unravel_index(positions.flat, windows.shape[2 : 2 + dimensions])
-    return windows[(slice(None), slice(None), *where)]
+    chosen: tuple[Any, ...] = (slice(None), slice(None), *where)
+    return windows[chosen]
 
 
 def _pads(

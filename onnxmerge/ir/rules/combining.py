@@ -16,7 +16,7 @@ def concat(node: oir.Node, trace: Trace) -> None:
         return
     axis = integer(node, "axis", 0) % rank(operands[0])
     varying = {a for label in labels for a in channel_axes(label)}
-    if varying == {axis}:
+    if varying == {axis} or (not varying and all(dims(value)[axis] == 1 for value in operands)):
         parts = [_spread(trace, value, label, axis) for value, label in zip(operands, labels, strict=True)]
         if any(part is None for part in parts):
             trace.freeze(node, "the size of an operand along the channel axis is unknown", *labels)

@@ -1,5 +1,6 @@
 """Conv: fresh channels out of the channels it reads; depthwise ties its output to its input."""
 
+import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.ir.labels import Rows, Trace, carries, channel_axes, dims, no_channels
@@ -21,7 +22,7 @@ def convolution(node: oir.Node, trace: Trace) -> None:
     groups = integer(node, "group", 1)
     assert made_count is not None and read_count is not None
     made = trace.fresh(made_count)
-    read = label.ravel()
+    read = np.broadcast_to(label.ravel(), read_count * groups)  # one label may stand for all channels
     if groups == 1:
         if carries(label):
             trace.use(weight, (1,), read)
@@ -29,8 +30,8 @@ def convolution(node: oir.Node, trace: Trace) -> None:
         if carries(label):
             trace.unite(made.reshape(groups, -1), read.reshape(groups, 1))
         else:
-            for group in made.reshape(groups, -1):
-                trace.tag(group)
+            for outputs in made.reshape(groups, -1):
+                trace.tag(outputs)
     else:
         for group, outputs in enumerate(made.reshape(groups, -1)):
             trace.tag(outputs)
@@ -44,6 +45,8 @@ def convolution(node: oir.Node, trace: Trace) -> None:
     if is_constant(bias):
         assert bias is not None
         trace.use(bias, (0,), made)
+    elif bias is not None:
+        trace.freeze(node, "its bias is computed", trace.label(bias), made)
     shape = [1] * label.ndim
     shape[1] = made_count
     trace.set_label(output, made.reshape(shape))

@@ -25,8 +25,8 @@ def elementwise(node: oir.Node, trace: Trace) -> None:
     labels = [_pad(trace.label(value), rank) for value in operands if not is_constant(value)]
     if not any(carries(label) for label in labels):
         return
-    whole = labels[0]
-    for label in labels[1:]:  # the first channel on each position stands for all
+    whole = max(labels, key=np.size)
+    for label in labels:  # the first channel on each position stands for all
         whole = np.where(whole == -1, label, whole)
     varying = channel_axes(whole)
     computed = iter(labels)
@@ -40,7 +40,7 @@ def elementwise(node: oir.Node, trace: Trace) -> None:
         if any(label.shape[axis] == 1 for axis in spread) or (spread and not carries(label)):
             trace.freeze(node, "a channel axis meets a tensor that carries no channels there", *labels)
             return
-        if carries(label):
+        if carries(label) and (spread or not varying):  # a single channel spread over many is none of them
             trace.unite(label, whole)
     trace.set_label(node.outputs[0], whole)
 

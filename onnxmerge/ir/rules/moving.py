@@ -3,16 +3,19 @@
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.labels import Trace, carries, dims, rank
+from onnxmerge.ir.labels import Trace, carries, channel_axes, dims, rank
 from onnxmerge.ir.rules.registry import axes_of, required, rule
 
 
 @rule("Transpose")
 def transpose(node: oir.Node, trace: Trace) -> None:
-    """Transpose the label."""
+    """Transpose the label. Where several axes carry channels, the slots of one channel may change places."""
     label = trace.label(required(node, 0))
     perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else tuple(range(label.ndim))[::-1]
     trace.set_label(node.outputs[0], label.transpose(perm))
+    if len(channel_axes(label)) > 1:
+        places = np.arange(label.size).reshape(label.shape)
+        trace.moves.append((label.transpose(perm).ravel(), places.transpose(perm).ravel()))
 
 
 @rule("Squeeze")

@@ -13,7 +13,7 @@ def per_channel_norm(node: oir.Node, trace: Trace) -> None:
     if not carries(label):
         return
     parameters = [value for value in node.inputs[1:] if value is not None]
-    if channel_axes(label) != (1,) or not all(is_constant(value) for value in parameters):
+    if channel_axes(label) not in ((), (1,)) or not all(is_constant(value) for value in parameters):
         trace.freeze(node, "channels are not on axis 1, or the parameters are computed", label)
         return
     for value in parameters:
