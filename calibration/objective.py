@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir
 import torch
 from onnxmerge.calibration import losses
-from onnxmerge.calibration.module import GraphModule
+from onnxmerge.calibration.module import GraphModule, channels_last
 from onnxmerge.calibration.settings import Settings
 from torch import Tensor
 
@@ -74,7 +74,7 @@ class Objective:
             raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
         self._taps = [_tapped(tap) for tap in taps if tap.task == task] if settings.feature_weight else []
         self._teacher = GraphModule(teacher, [pair.teacher for pair in self._outputs + self._taps])
-        self._teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+        self._teacher.requires_grad_(False)
         self._variances = [1.0] * len(self._outputs)
 
     @property
@@ -96,8 +96,10 @@ class Objective:
         return self._run(batch, self._outputs)
 
     def scale(self, targets: Sequence[Sequence[Tensor]]) -> None:
-        """Divide logit errors by the variance of these teacher's outputs, one list for each batch, from now on."""
-        self._variances = [float(torch.cat(list(z_t)).var(correction=0)) for z_t in zip(*targets, strict=True)]
+        """Divide logit errors from now on by the variance of these teacher's outputs, one list for each batch."""
+        self._variances = [
+            float(torch.cat([batch.flatten() for batch in z_t]).var(correction=0)) for z_t in zip(*targets, strict=True)
+        ]
 
     def targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's outputs for `batch`, then its feature maps in the merged model's channel order."""
@@ -117,7 +119,7 @@ class Objective:
             if _is_classifier(z):
                 total = total + losses.kl(z, z_t, self._settings.temperature)
         if self._settings.use_labels:
-            total = total + self._label_loss(values[self._outputs[0].student], batch.labels)
+            total = total + self._label_loss(values[self._outputs[0].student].float(), batch.labels)
         return total
 
     def loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
@@ -186,5 +188,4 @@ def _input(batch: Batch, name: str, task: str) -> Tensor:
     if name not in batch.inputs and len(batch.inputs) != 1:
         raise UsageError(f"the data of task {task!r} has no array for the input {name!r}")
     array = batch.inputs[name] if name in batch.inputs else next(iter(batch.inputs.values()))
-    tensor = torch.tensor(array)
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+    return channels_last(torch.tensor(array))

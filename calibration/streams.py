@@ -66,7 +66,7 @@ def group(
         groups = [g for g in groups if g not in joined] + [[o for g in joined for o in g] + [objective]]
     for members in groups:
         fed = {name for o in members for name in o.inputs}
-        for name in (name for o in members for name in merged.feeds(o.outputs) if name not in fed):
+        for name in (name for o in members for name in merged.feeds(o.outputs + o.taps) if name not in fed):
             raise UsageError(f"the merged model's input {name!r} belongs to no task that is calibrated")
     return [Stream(tuple(members)) for members in groups]
 
@@ -76,5 +76,5 @@ def _belong(
 ) -> bool:
     if data[a.task] is data[b.task] and held_out[a.task] is held_out[b.task]:
         return True
-    missing = {o.task: set(merged.feeds(o.outputs)) - set(o.inputs) for o in (a, b)}
+    missing = {o.task: set(merged.feeds(o.outputs + o.taps)) - set(o.inputs) for o in (a, b)}
     return bool(missing[a.task] & set(b.inputs) or missing[b.task] & set(a.inputs))

@@ -71,9 +71,7 @@ def calibrate(
         Objective(task, merged, teacher, outputs[task], inputs[task], taps, settings)
         for task, teacher in teachers.items()
     ]
-    student = GraphModule(merged, [name for o in objectives for name in o.outputs]).to(
-        memory_format=torch.channels_last
-    )
+    student = GraphModule(merged, [name for o in objectives for name in o.outputs])
     streams = group(student, objectives, data, held_out)
     with _threads(settings.threads):
         outcome = _train(student, streams, data, held_out, settings, progress)

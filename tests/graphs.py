@@ -109,13 +109,14 @@ class Net:
         self.output(logits)
         return logits
 
-    def proto(self) -> onnx.ModelProto:
-        """The model as an exporter would have written it."""
+    def proto(self, infer: bool = True) -> onnx.ModelProto:
+        """The model as an exporter would have written it; without `infer` the outputs have no shapes."""
         graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, self.initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
-        model = onnx.shape_inference.infer_shapes(model)  # for the shapes of the outputs
-        model.graph.ClearField("value_info")
-        onnx.checker.check_model(model)
+        if infer:
+            model = onnx.shape_inference.infer_shapes(model)
+            model.graph.ClearField("value_info")
+            onnx.checker.check_model(model)
         return model
 
     def model(self) -> oir.Model:

@@ -36,7 +36,7 @@ def transposed_convolution(attributes: Attributes, x: Tensor, weight: Tensor, bi
         for n, s, k, d in zip(x.shape[2:], strides, weight.shape[2:], dilations, strict=True)
     ]
     begins, ends = _crops(attributes, full, added, [n * s for n, s in zip(x.shape[2:], strides, strict=True)])
-    if begins == ends and not any(added):
+    if begins == ends and min(begins) >= 0 and not any(added):
         return _TRANSPOSED[rank](x, weight, bias, strides, begins, 0, group, dilations)
     y = _TRANSPOSED[rank](x, weight, None, strides, 0, 0, group, dilations)
     y = pad_spatial(y, [-begin for begin in begins], [a - end for a, end in zip(added, ends, strict=True)])
@@ -45,13 +45,18 @@ def transposed_convolution(attributes: Attributes, x: Tensor, weight: Tensor, bi
 
 def _crops(attributes: Attributes, full: list[int], added: list[int], same: list[int]) -> tuple[list[int], list[int]]:
     rank, auto = len(full), attributes.get("auto_pad", "NOTSET")
-    wanted = attributes.get("output_shape") or (same if auto.startswith("SAME") else None)
+    wanted = attributes.get("output_shape")
+    if wanted is None and auto.startswith("SAME"):
+        wanted = [min(n, f + a) for n, f, a in zip(same, full, added, strict=True)]
     if wanted is None:
         pads = list(attributes.get("pads") or [0] * 2 * rank)
         return (pads[:rank], pads[rank:]) if auto != "VALID" else ([0] * rank, [0] * rank)
-    totals = [max(f + a - w, 0) for f, a, w in zip(full, added, list(wanted)[-rank:], strict=True)]
-    small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-    return (small, large) if auto == "SAME_UPPER" else (large, small)
+    # Where more is wanted than there is, the total is negative and zeros are added at the end.
+    totals = [f + a - w for f, a, w in zip(full, added, list(wanted)[-rank:], strict=True)]
+    small = [max(t, 0) // 2 for t in totals]
+    large = [max(t, 0) - s for t, s in zip(totals, small, strict=True)]
+    begins = small if auto == "SAME_UPPER" else large
+    return begins, [t - b for t, b in zip(totals, begins, strict=True)]
 
 
 def _spatial_rank(x: Tensor) -> int:

@@ -21,7 +21,7 @@ def batch_normalisation(
 @operator("InstanceNormalization")
 def instance_normalisation(attributes: Attributes, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Each channel of each sample to mean 0 and variance 1, then `scale` and `bias`, both [C]."""
-    return torch.group_norm(x, x.shape[1], scale, bias, attributes.get("epsilon", EPSILON))
+    return _group_norm(x, x.shape[1], scale, bias, attributes.get("epsilon", EPSILON))
 
 
 @operator("GroupNormalization")
@@ -30,7 +30,7 @@ def group_normalisation(attributes: Attributes, x: Tensor, scale: Tensor, bias: 
     groups = attributes["num_groups"]
     if scale.shape[0] != x.shape[1]:
         scale, bias = (vector.repeat_interleave(x.shape[1] // groups) for vector in (scale, bias))
-    return torch.group_norm(x, groups, scale, bias, attributes.get("epsilon", EPSILON))
+    return _group_norm(x, groups, scale, bias, attributes.get("epsilon", EPSILON))
 
 
 @operator("LayerNormalization")
@@ -59,3 +59,8 @@ def local_response_normalisation(attributes: Attributes, x: Tensor) -> Tensor:
     nearby = F.avg_pool2d(squares, (size, 1), stride=1).squeeze(1).reshape(x.shape)
     alpha, beta, bias = attributes.get("alpha", 1e-4), attributes.get("beta", 0.75), attributes.get("bias", 1.0)
     return x / (bias + alpha * nearby) ** beta
+
+
+def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    # On channels-last tensors torch subtracts two large sums; on contiguous ones it loses no digits.
+    return torch.group_norm(x.contiguous(), groups, scale, bias, epsilon)

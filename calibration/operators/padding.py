@@ -24,6 +24,8 @@ def pad(
         return pad_spatial(x, begins, ends, value.item() if value is not None else 0.0)
     if mode not in _TORCH_MODES:
         raise NotImplementedError(f"the mode {mode!r} is not supported")
+    x = pad_spatial(x, [min(begin, 0) for begin in begins], [min(end, 0) for end in ends])
+    begins, ends = [max(begin, 0) for begin in begins], [max(end, 0) for end in ends]
     if _native(x, begins, ends):
         sides = [side for axis in reversed(range(2, x.dim())) for side in (begins[axis], ends[axis])]
         return F.pad(x, sides, mode=_TORCH_MODES[mode])
@@ -40,7 +42,7 @@ def _native(x: Tensor, begins: list[int], ends: list[int]) -> bool:
         3 <= x.dim() <= 5
         and x.is_floating_point()
         and not any(begins[:2] + ends[:2])
-        and all(0 <= side[axis] < x.shape[axis] for axis in spatial for side in (begins, ends))
+        and all(side[axis] < x.shape[axis] for axis in spatial for side in (begins, ends))
     )
 
 

@@ -14,17 +14,24 @@ def slice_axes(
     axes: Tensor | None = None,
     steps: Tensor | None = None,
 ) -> Tensor:
-    """`x[start:end:step]` on each given axis, with Python's rules for negative and over-long bounds."""
+    """`x[start:end:step]` on each given axis."""
     begins, stops = integers(starts), integers(ends)
     chosen = integers(axes) if axes is not None else list(range(len(begins)))
     strides = integers(steps) if steps is not None else [1] * len(begins)
     for axis, begin, stop, step in zip(chosen, begins, stops, strides, strict=True):
-        positions = range(*slice(begin, stop, step).indices(x.shape[axis]))
+        positions = _positions(x.shape[axis], begin, stop, step)
         if step > 0:
             x = x[(slice(None),) * (axis % x.dim()) + (slice(positions.start, positions.stop, step),)]
         else:
             x = x.index_select(axis, torch.tensor(list(positions), dtype=torch.int64, device=x.device))
     return x
+
+
+def _positions(size: int, begin: int, stop: int, step: int) -> range:
+    """The chosen indices of an axis; bounds count from the end when negative and are clamped, as the standard says."""
+    first, last = (0, size) if step > 0 else (-1, size - 1)
+    begin, stop = (bound + size if bound < 0 else bound for bound in (begin, stop))
+    return range(min(max(begin, 0), last), min(max(stop, first), last), step)
 
 
 @operator("Gather")

@@ -24,7 +24,16 @@ def cut_out(model: oir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> 
         outputs = [f"{name}__through" if name in through else name for name in outputs]
     graph = oir.convenience.extract(model.graph, list(inputs), list(outputs))
     graph.opset_imports.update(model.graph.opset_imports)
+    _sort_initializers(graph)
     return oir.Model(graph, ir_version=model.ir_version or 8, producer_name="onnxmerge")
+
+
+def _sort_initializers(graph: oir.Graph) -> None:
+    """Put initializers in the order of their first use; extraction leaves them in that of a set, new in each run."""
+    read = dict.fromkeys(value for node in graph for value in node.inputs if value is not None)
+    ordered = {value.name or "": value for value in read if (value.name or "") in graph.initializers}
+    graph.initializers.clear()
+    graph.initializers.update(ordered)
 
 
 def splice(target: oir.Graph, piece: oir.Graph, bind: Mapping[str, oir.Value], prefix: str) -> dict[str, oir.Value]:

@@ -37,13 +37,13 @@ def read(path: str | os.PathLike[str]) -> oir.Model:
         model = oir.load(file)
     except Exception as error:  # protobuf and onnx-ir raise many kinds for a damaged file
         raise ModelError(f"{file}: is not a readable ONNX model (truncated, or another format)") from error
+    if not model.graph.outputs:
+        raise ModelError(f"{file}: is not a readable ONNX model (its graph has no outputs)")
     if not model.opset_imports:
         raise ModelError(
             f"{file}: declares no opset (IR version {model.ir_version}), so the meaning of its operators is unknown; "
             "export it again with a current exporter"
         )
-    if not model.graph.outputs:
-        raise ModelError(f"{file}: is not a readable ONNX model (its graph has no outputs)")
     return model
 
 

@@ -31,7 +31,7 @@ def normalise(model: oir.Model) -> oir.Model:
     """The normal form of `model`; the argument is used up.
 
     Raises:
-        ModelError: the opset cannot be converted or the graph is not valid.
+        ModelError: the opset cannot be converted.
     """
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -75,18 +75,21 @@ def raise_opset(model: oir.Model, opset: int) -> oir.Model:
 def infer_shapes(model: oir.Model) -> None:
     """Infer every shape afresh; stale ones are dropped first.
 
-    Raises:
-        ModelError: the shapes contradict each other.
+    Where onnx sees a contradiction, what lies behind it stays without a shape, so that its channels keep their order:
+    onnxruntime, which is less strict, has the last word on whether such a model runs.
     """
+    if not _infer(model, strict=True):
+        _infer(model, strict=False)
+
+
+def _infer(model: oir.Model, *, strict: bool) -> bool:
+    """Whether shapes were found; in strict mode one contradiction leaves all values without."""
     outputs = set(model.graph.outputs)
-    for node in model.graph:
-        for value in node.outputs:
-            if value not in outputs:
-                value.shape = None
-    try:
-        common.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model)
-    except Exception as error:
-        raise ModelError(f"shape inference failed: {_last_line(error)}") from error
+    computed = [value for node in model.graph for value in node.outputs if value not in outputs]
+    for value in computed:
+        value.shape = None
+    common.ShapeInferencePass(check_type=strict, strict_mode=strict, data_prop=True)(model)
+    return not computed or any(value.shape is not None for value in computed)
 
 
 def free_batch(model: oir.Model) -> None:
@@ -107,10 +110,7 @@ def free_batch(model: oir.Model) -> None:
 def _follows(model: oir.Model, fixed: int, size: int) -> bool:
     trial = model.clone()
     _set_batch(trial, fixed, size)
-    try:
-        infer_shapes(trial)
-    except ModelError:
-        return False
+    _infer(trial, strict=True)
     return all(o.shape is not None and len(o.shape) > 0 and o.shape[0] == size for o in trial.graph.outputs)
 
 
@@ -118,12 +118,12 @@ def _set_batch(model: oir.Model, fixed: int, batch: int | str) -> None:
     for value in model.graph.inputs:
         value.shape = _with_batch(value, batch)
     for output in model.graph.outputs:
-        output.shape = _with_batch(output, batch) if isinstance(batch, str) else None
+        output.shape = _with_batch(output, batch) if isinstance(batch, str) and output.shape is not None else None
     for node in model.graph:
         if node.op_type != "Reshape" or node.domain not in ("", "ai.onnx"):
             continue
-        target = node.inputs[1]
-        if target is None or target.const_value is None:
+        data, target = node.inputs
+        if data is None or data.const_value is not None or target is None or target.const_value is None:
             continue
         shape = target.const_value.numpy()
         if len(shape) > 1 and shape[0] == fixed and 0 not in shape[1:]:

@@ -159,8 +159,9 @@ def _refine(
 
 def _reorderings(classes: np.ndarray, atoms: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The classes that a transposition touches, and for each a number that tells how it reordered the class's slots."""
+    real = atoms != NO_CHANNEL
     before: dict[int, list[int]] = {}
-    for cls, place in zip(classes[atoms].tolist(), places.tolist(), strict=True):
+    for cls, place in zip(classes[atoms[real]].tolist(), places[real].tolist(), strict=True):
         before.setdefault(cls, []).append(place)
     patterns: dict[tuple[int, ...], int] = {}
     order = [patterns.setdefault(tuple(np.argsort(own).tolist()), len(patterns)) for own in before.values()]

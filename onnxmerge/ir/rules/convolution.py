@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as oir
 
+from onnxmerge.errors import ModelError
 from onnxmerge.ir.labels import Rows, Trace, carries, channel_axes, dims, no_channels
 from onnxmerge.ir.rules.registry import integer, is_constant, optional, required, rule
 
@@ -21,6 +22,8 @@ def convolution(node: oir.Node, trace: Trace) -> None:
     made_count, read_count = dims(weight)[0], dims(weight)[1]
     groups = integer(node, "group", 1)
     assert made_count is not None and read_count is not None
+    if dims(data)[1] not in (None, read_count * groups):
+        raise ModelError(f"Conv {node.name!r} reads {read_count * groups} channels but is given {dims(data)[1]}")
     made = trace.fresh(made_count)
     read = np.broadcast_to(label.ravel(), read_count * groups)  # one label may stand for all channels
     if groups == 1:
