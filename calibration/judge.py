@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from onnxmerge.calibration.module import GraphModule
-from onnxmerge.calibration.streams import Batches, Stream
 from torch import Tensor
 
+from onnxmerge.calibration.module import GraphModule
+from onnxmerge.calibration.streams import Batches, Stream
 from onnxmerge.data import Split
 
 HELD_OUT_SAMPLES = 1000

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import onnx_ir
 import torch
+from torch import Tensor
+
 from onnxmerge.calibration.operators import OPERATORS, Attributes
 from onnxmerge.calibration.operators.constants import to_torch
 from onnxmerge.calibration.operators.registry import Operator
 from onnxmerge.calibration.roles import Role, roles
-from torch import Tensor
-
 from onnxmerge.errors import ModelError, UsageError
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 import torch
+from torch import Tensor
+
 from onnxmerge.calibration import losses
 from onnxmerge.calibration.module import GraphModule, channels_last
 from onnxmerge.calibration.settings import Settings
-from torch import Tensor
-
 from onnxmerge.data import Batch
 from onnxmerge.errors import ModelError, UsageError
 

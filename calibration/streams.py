@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from onnxmerge.calibration.module import GraphModule
-from onnxmerge.calibration.objective import Objective
 from torch import Tensor
 
+from onnxmerge.calibration.module import GraphModule
+from onnxmerge.calibration.objective import Objective
 from onnxmerge.data import Batch, Split
 from onnxmerge.errors import UsageError
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 import torch
+
 from onnxmerge.calibration.judge import BestWeights, Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.calibration.streams import Batches, Stream, group
-
 from onnxmerge.data import Split
 
 Progress = Callable[[int, int, float | None], None]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
-from onnxmerge.passes.permute import permute_slots, slot_rows
 from scipy.optimize import linear_sum_assignment
 
 from onnxmerge.ir.spaces import Slots, Space
 from onnxmerge.ir.weights import get_array
+from onnxmerge.passes.permute import permute_slots, slot_rows
 from onnxmerge.runtime.statistics import PairStatistics
 
 Alignment = dict[str, np.ndarray]
@@ -23,13 +23,20 @@ Alignment = dict[str, np.ndarray]
 
 
 def align_by_activations(spaces: Sequence[Space], statistics: Mapping[str, PairStatistics]) -> Alignment:
-    """Assignment by correlation; `statistics` is keyed by A's value names, channels in each space's order.
+    """Assignment by correlation.
 
-    A space none of whose values was recorded keeps its order.
+    Args:
+        spaces: spaces of A; several may lie in one value, side by side.
+        statistics: by A's value names, over all channels of a value in its own order. Only values count in which every
+            channel of the space has one slot on one axis; a space without any keeps its order.
     """
     alignment = {}
     for space in spaces:
-        seen = [statistics[slots.name].correlation() for slots in space.values if slots.name in statistics]
+        seen = [
+            statistics[slots.name].correlation()[np.ix_(slots.index[:, 0], slots.index[:, 0])]
+            for slots in space.values
+            if slots.name in statistics and len(slots.axes) == 1 and slots.index.shape[1] == 1
+        ]
         alignment[space.name] = _assign(np.sum(seen, axis=0)) if seen else np.arange(space.size)
     return alignment
 

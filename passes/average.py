@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
-from onnxmerge.passes.align import Alignment
-from onnxmerge.passes.permute import permute_slots
 
 from onnxmerge.ir.spaces import Space
 from onnxmerge.ir.weights import get_array, is_float, set_array
+from onnxmerge.passes.align import Alignment
+from onnxmerge.passes.permute import permute_slots
 
 
 @dataclass(frozen=True)

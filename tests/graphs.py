@@ -53,7 +53,9 @@ class Net:
     def uniform(self, *shape: int, low: float = 0.5, high: float = 1.5) -> str:
         return self.constant(self.generator.uniform(low, high, shape).astype(np.float32))
 
-    def op(self, op_type: str, *inputs: str, channels: int | None = None, name: str | None = None, **attributes: Any) -> str:
+    def op(
+        self, op_type: str, *inputs: str, channels: int | None = None, name: str | None = None, **attributes: Any
+    ) -> str:
         made = name or f"v{next(self._numbers)}"
         self.nodes.append(helper.make_node(op_type, list(inputs), [made], name=f"{op_type}_{made}", **attributes))
         known = [self.channels[i] for i in inputs if i in self.channels]

@@ -15,9 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+
 from onnxmerge.calibration import FeatureTap, GraphModule, Outcome, Settings, calibrate, losses
 from onnxmerge.calibration.roles import Role
-
 from onnxmerge.data import Batch, Split
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.load import load

@@ -372,8 +372,7 @@ def random_nets(draw) -> Net:
         fits = [
             name
             for name, size in sizes.items()
-            if like is None
-            or (size == sizes[like] and (not channels or net.channels[name] == net.channels[like]))
+            if like is None or (size == sizes[like] and (not channels or net.channels[name] == net.channels[like]))
         ]
         name = draw(st.sampled_from(fits))
         unread.discard(name)

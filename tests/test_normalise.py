@@ -156,9 +156,7 @@ def test_tied_weights_are_untied_and_stored_once_again(tmp_path):
     first, second = (node for node in model.graph if node.op_type == "Conv")
     for index in (1, 2):
         assert first.inputs[index] is not second.inputs[index]
-        np.testing.assert_array_equal(
-            first.inputs[index].const_value.numpy(), second.inputs[index].const_value.numpy()
-        )
+        np.testing.assert_array_equal(first.inputs[index].const_value.numpy(), second.inputs[index].const_value.numpy())
     assert_same_outputs(proto, model, feeds_for(proto))
     assert numpy_helper.to_array(proto.graph.initializer[0]).size > 1024  # no limit to what is stored once
     save(model, tmp_path / "tied.onnx")

@@ -15,7 +15,7 @@ from onnxmerge.ir.load import load
 from onnxmerge.ir.spaces import Space, find_spaces
 from onnxmerge.ir.units import find_units
 from onnxmerge.ir.weights import get_array
-from onnxmerge.passes.align import align_by_activations, align_by_weights, matched
+from onnxmerge.passes.align import align_by_activations, align_by_weights
 from onnxmerge.passes.attach_tails import AttachTails, bare_stem
 from onnxmerge.passes.average import Average, Partner
 from onnxmerge.passes.ensure_biases import EnsureBiases
@@ -226,7 +226,9 @@ def tail_that_reads_its_input_twice() -> tuple[Net, int]:
 
 
 @pytest.mark.parametrize(
-    "build", [image_tail, sequence_tail, flat_tail, token_tail, tail_that_reads_its_input_twice], ids=lambda b: b.__name__
+    "build",
+    [image_tail, sequence_tail, flat_tail, token_tail, tail_that_reads_its_input_twice],
+    ids=lambda b: b.__name__,
 )
 def test_an_adapter_undoes_order_and_gain(build):
     net, axis = build()
@@ -317,9 +319,13 @@ def test_stem_and_tails_of_real_networks(shared):
     feeds = feeds_for(merged)
     got = execute(merged, feeds)
     middle = execute(stem, feeds)[cut]
-    assert relative_error(execute(model, {model.graph.inputs[0].name: next(iter(feeds.values()))})[
-        model.graph.outputs[0].name
-    ], got[f"own/{model.graph.outputs[0].name}"]) < 1e-5
+    assert (
+        relative_error(
+            execute(model, {model.graph.inputs[0].name: next(iter(feeds.values()))})[model.graph.outputs[0].name],
+            got[f"own/{model.graph.outputs[0].name}"],
+        )
+        < 1e-5
+    )
     wanted = execute(foreign, {foreign.graph.inputs[0].name: middle})
     for name, array in wanted.items():
         assert relative_error(array, got[f"foreign/{name}"]) < 1e-5
@@ -389,47 +395,35 @@ def test_weights_find_a_planted_permutation(name, shared):
 
 
 def pair_statistics(case: Planted) -> dict[str, PairStatistics]:
-    """Correlations at every value that lies in a space with one slot for each channel."""
+    """Statistics of every value that carries channels on one axis."""
 
     class Samples:
         def batches(self, size):
             for seed in range(2):
                 yield feeds_for(case.model, batch=16, seed=seed)
 
-    places = {
-        slots.name: slots
-        for space in case.spaces
-        for slots in space.values
-        if slots.index.shape == (space.size, 1) and len(slots.axes) == 1
-    }
-    found = {name: PairStatistics() for name in places}
+    axes = {slots.name: slots.axes[0] for space in case.spaces for slots in space.values if len(slots.axes) == 1}
+    found = {name: PairStatistics() for name in axes}
     generator = np.random.default_rng(0)
-    streams = (stream(model, Samples(), list(places), threads=1) for model in (case.model, case.copy))
+    streams = (stream(model, Samples(), list(axes), threads=1) for model in (case.model, case.copy))
     for a, b in zip(*streams, strict=True):
-        for name, slots in places.items():
-            (axis,), index = slots.axes, slots.index[:, 0]
+        for name, axis in axes.items():
             positions = Positions.sample(generator, grid_of(a[name], axis))
-            found[name].update(*(output_rows(x[name], axis, positions)[:, index] for x in (a, b)))
+            found[name].update(*(output_rows(x[name], axis, positions) for x in (a, b)))
     return found
 
 
 @pytest.mark.parametrize("name", [*PLANTED, "cnn_mnist", "resnet14_cifar10"])
 def test_activations_find_a_planted_permutation(name, shared):
+    """Channels that never vary on these inputs are interchangeable, and no others."""
     case = planted(name, shared)
-    if name in ("cnn_mnist",):  # most of its units never fire: dead channels are interchangeable
-        alive = pair_statistics(case)
-        found = align_by_activations(case.spaces, alive)
-        for space in case.spaces:
-            right = found[space.name] == case.alignment[space.name]
-            dead = np.max([s.deviations()[0] for n, s in alive.items() if space.value(n)], axis=0) < 1e-6
-            assert (right | dead).all()
-        return
     statistics = pair_statistics(case)
     found = align_by_activations(case.spaces, statistics)
     for space in case.spaces:
-        np.testing.assert_array_equal(found[space.name], case.alignment[space.name])
-        (seen, *_) = (statistics[slots.name] for slots in space.values if slots.name in statistics)
-        assert matched(seen.correlation(), found[space.name]) > 0.99
+        right = found[space.name] == case.alignment[space.name]
+        seen = [statistics[slots.name].deviations()[0][slots.index].max(1) for slots in space.values]
+        assert (right | (np.max(seen, axis=0) < 1e-4)).all()
+        assert name == "cnn_mnist" or right.mean() > 0.9
 
 
 def test_a_space_that_was_not_recorded_keeps_its_order():

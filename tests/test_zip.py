@@ -76,9 +76,7 @@ def test_least_squares_beats_the_aligned_average(tmp_path: Path) -> None:
 
 
 def test_keeping_the_first_stem_keeps_the_first_task(tmp_path: Path) -> None:
-    result = onnxmerge.zip_models(
-        MODELS, DATA, tmp_path / "out", settings=settings(share="3", starts=(Start.KEEP,))
-    )
+    result = onnxmerge.zip_models(MODELS, DATA, tmp_path / "out", settings=settings(share="3", starts=(Start.KEEP,)))
     first, second = (result.candidates[0].tasks[task] for task in ("digits", "fashion"))
     assert first.agreement == 1.0 and (first.relative_error or 0) < 1e-5
     assert (second.agreement or 0) > 0.7
@@ -118,7 +116,9 @@ def test_three_networks(tmp_path: Path) -> None:
     assert min(score.agreement or 0 for score in result.candidates[0].tasks.values()) > 0.7
 
 
-@pytest.mark.skipif(not (Path(__file__).parents[1] / "../shared/models").exists(), reason="the shared models are not here")
+@pytest.mark.skipif(
+    not (Path(__file__).parents[1] / "../shared/models").exists(), reason="the shared models are not here"
+)
 def test_units_of_a_residual_pair() -> None:
     folder = Path(__file__).parents[1] / "../shared/models"
     networks = load_networks([folder / "resnet20_cifar10.onnx", folder / "resnet20_cifar100.onnx"])

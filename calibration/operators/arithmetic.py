@@ -3,8 +3,9 @@
 from functools import reduce
 
 import torch
-from onnxmerge.calibration.operators.registry import Attributes, operator, register_plain
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes, operator, register_plain
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 import torch
-from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 
 _HALF = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
 

@@ -1,9 +1,10 @@
 """Convolutions over one, two or three spatial axes."""
 
 import torch.nn.functional as F
+from torch import Tensor
+
 from onnxmerge.calibration.operators.registry import Attributes, operator
 from onnxmerge.calibration.operators.windows import pad_spatial, windows
-from torch import Tensor
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from onnxmerge.calibration.operators.registry import Attributes, operator, register_plain
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes, operator, register_plain
 
 register_plain({"MatMul": torch.matmul})
 

@@ -1,8 +1,9 @@
 """Operators that move entries without choosing among them: reshape, transpose, join, split, repeat."""
 
 import torch
-from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 
 
 @operator("Reshape")

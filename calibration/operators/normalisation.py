@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from onnxmerge.calibration.operators.registry import Attributes, operator
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes, operator
 
 EPSILON = 1e-5
 

@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 from onnxmerge.calibration.operators.windows import pad_spatial
-from torch import Tensor
 
 _TORCH_MODES = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 

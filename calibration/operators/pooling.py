@@ -4,10 +4,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from onnxmerge.calibration.operators.convolution import CONVOLUTIONS
 from onnxmerge.calibration.operators.registry import Attributes, operator
 from onnxmerge.calibration.operators.windows import Windows, pad_spatial, windows
-from torch import Tensor
 
 _AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

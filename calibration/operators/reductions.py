@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from onnxmerge.calibration.operators.registry import OPERATORS, Attributes, Operator, integers, operator
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import OPERATORS, Attributes, Operator, integers, operator
 
 
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:

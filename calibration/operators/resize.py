@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 
 _NEAREST: dict[str, Callable[[Tensor], Tensor]] = {
     "round_prefer_floor": lambda x: torch.ceil(x - 0.5),

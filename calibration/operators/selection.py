@@ -1,8 +1,9 @@
 """Operators that pick entries: slice and gather."""
 
 import torch
-from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes, integers, operator
 
 
 @operator("Slice")

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from onnxmerge.calibration.operators.registry import Attributes
 from torch import Tensor
+
+from onnxmerge.calibration.operators.registry import Attributes
 
 
 @dataclass(frozen=True)
