@@ -21,10 +21,15 @@ class FoldBatchNorm(oir.passes.InPlacePass):
         """Rewrite weights and biases, then drop the norms."""
         modified = False
         for layer in find_layers(model):
-            if layer.norm is not None and layer.norm.op_type == "BatchNormalization" and layer.op in ("Conv", "Gemm"):
+            if layer.norm is not None and _foldable(layer, layer.norm):
                 _fold(model.graph, layer, layer.norm)
                 modified = True
         return oir.passes.PassResult(model, modified)
+
+
+def _foldable(layer: Layer, norm: oir.Node) -> bool:
+    constant = all(value is not None and value.const_value is not None for value in norm.inputs[1:5])
+    return constant and norm.op_type == "BatchNormalization" and layer.op in ("Conv", "Gemm")
 
 
 def _fold(graph: oir.Graph, layer: Layer, norm: oir.Node) -> None:

@@ -145,9 +145,9 @@ class Refit(oir.passes.InPlacePass):
             fits = [fit for fit in fits if all(fit.target in t.values for t in teachers.values())]
             statistics = [self._gather(piece, teacher, fits) for teacher in teachers.values()]
             for number, fit in enumerate(fits):
-                current = _weights_and_bias(fit.layer)
-                _set_weights_and_bias(
-                    piece, fit.layer, self.solve(fit.layer, [task[number] for task in statistics], current)
+                current = weights_and_bias(fit.layer)
+                set_weights_and_bias(
+                    fit.layer, self.solve(fit.layer, [task[number] for task in statistics], current)
                 )
                 self.progress(fit.layer.name)
             waiting = [layer for layer in waiting if layer not in ready]
@@ -198,7 +198,7 @@ def _ancestors(piece: oir.Model, unfinished: set[oir.Node]) -> dict[oir.Value, b
     return depends
 
 
-def _weights_and_bias(layer: Layer) -> np.ndarray:
+def weights_and_bias(layer: Layer) -> np.ndarray:
     """[groups, fan in + 1, outputs of a group], the bias in the last row."""
     matrix = weight_matrix(layer, get_array(layer.weight)).astype(np.float64)
     bias = np.zeros(layer.out_channels) if layer.bias is None else get_array(layer.bias).astype(np.float64)
@@ -206,7 +206,7 @@ def _weights_and_bias(layer: Layer) -> np.ndarray:
     return np.concatenate([matrix, rows], axis=1)
 
 
-def _set_weights_and_bias(piece: oir.Model, layer: Layer, solution: np.ndarray) -> None:
+def set_weights_and_bias(layer: Layer, solution: np.ndarray) -> None:
     set_array(layer.weight, weight_array(layer, solution[:, :-1]))
     bias = solution[:, -1].reshape(-1)
     if layer.bias is not None:

@@ -92,6 +92,8 @@ def _layer(node: oir.Node) -> Layer | None:
     if any(name in node.attributes and node.attributes[name].as_float() != 1 for name in ("alpha", "beta")):
         return None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and bias.const_value is None:
+        return None
     linear = node.outputs[0]
     if node.op_type == "MatMul":
         bias, linear = _added_bias(linear)

@@ -1,5 +1,6 @@
 """Align several networks with the first: how deep they can be shared, and which channels stand for which."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.correspond import Correspondence, correspond
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers
-from onnxmerge.ir.spaces import Slots, Space, find_spaces
+from onnxmerge.ir.spaces import Space, find_spaces
 from onnxmerge.ir.units import Unit, find_units
 from onnxmerge.methods.task import Network, Task
 from onnxmerge.passes.align import Alignment, align_by_activations, matched
@@ -117,32 +118,29 @@ def align(
     """Align `task` with the reference by the correlation of pre-activations on every task's samples."""
     assert sharable.stem is not None
     places = _places(sharable)
-    values = sharable.partners[task.name].values
     statistics = _statistics(sharable, task, tasks, places, samples=samples, seed=seed, threads=threads)
     aligned = Aligned(align_by_activations(sharable.spaces, statistics))
-    assert all(name in values for name in places)
+    carriers = {o.name or "": o for node in sharable.stem.graph for o in node.outputs}
     for space in sharable.spaces:
-        own = [name for name, (s, _) in places.items() if s is space]
-        ratio = _scale([statistics[name] for name in own], aligned.alignment[space.name]) if own else None
-        for slots in space.values:
-            channels = np.empty(slots.index.size, np.int64)
-            channels[slots.index] = slots.index[aligned.alignment[space.name]]
-            aligned.orders[slots.name] = channels
+        order = aligned.alignment[space.name]
+        own = [(statistics[slots.name], slots.index[:, 0]) for slots in space.values if slots.name in places]
+        ratio = _scale(own, order) if own else None
+        for slots in space.values:  # several spaces may lie side by side in one value
+            size = math.prod(dims(carriers[slots.name])[axis] or 0 for axis in slots.axes)
+            aligned.orders.setdefault(slots.name, np.arange(size))[slots.index] = slots.index[order]
             if ratio is not None:
-                factors = np.empty(slots.index.size, np.float32)
-                factors[slots.index] = ratio[:, None]
-                aligned.scales[slots.name] = factors
-    aligned.similarity = _similarity(sharable, places, statistics, aligned.alignment)
+                aligned.scales.setdefault(slots.name, np.ones(size, np.float32))[slots.index] = ratio[:, None]
+    aligned.similarity = _similarity(sharable, aligned.orders, statistics)
     return aligned
 
 
-def _places(sharable: Sharable) -> dict[str, tuple[Space, Slots]]:
-    """Pre-activations and cuts of the stem that lie in a space with one slot for each channel."""
+def _places(sharable: Sharable) -> dict[str, int]:
+    """The channel axis of each pre-activation and cut of the stem in which every channel has one slot."""
     assert sharable.stem is not None
     wanted = {layer.pre_activation.name for layer in find_layers(sharable.stem)}
     wanted |= {cut.unit.cut for cut in sharable.cuts}
     return {
-        slots.name: (space, slots)
+        slots.name: slots.axes[0]
         for space in sharable.spaces
         for slots in space.values
         if slots.name in wanted and len(slots.axes) == 1 and slots.index.shape == (space.size, 1)
@@ -153,7 +151,7 @@ def _statistics(
     sharable: Sharable,
     task: Task,
     tasks: Sequence[Task],
-    places: dict[str, tuple[Space, Slots]],
+    places: dict[str, int],
     *,
     samples: int,
     seed: int,
@@ -169,37 +167,38 @@ def _statistics(
         ours = stream(reference.model, owner.feeds(split, reference), list(places), threads=threads)
         theirs = stream(task.model, owner.feeds(split, task), [values[n] for n in places], threads=threads)
         for a, b in zip(ours, theirs, strict=True):
-            for name, (_, slots) in places.items():
-                axis, index = slots.axes[0], slots.index[:, 0]
+            for name, axis in places.items():
                 positions = Positions.sample(generator, grid_of(a[name], axis))
-                rows = output_rows(a[name], axis, positions)[:, index]
-                found[name].update(rows, output_rows(b[values[name]], axis, positions)[:, index])
+                rows = output_rows(a[name], axis, positions)
+                found[name].update(rows, output_rows(b[values[name]], axis, positions))
     return found
 
 
-def _scale(statistics: list[PairStatistics], order: np.ndarray) -> np.ndarray:
-    """Ratio of the reference's standard deviation to the matched channel's, pooled over the places of a space."""
-    ours = np.sqrt(sum(s.deviations()[0] ** 2 for s in statistics))
-    theirs = np.sqrt(sum(s.deviations()[1] ** 2 for s in statistics))[order]
+def _scale(statistics: list[tuple[PairStatistics, np.ndarray]], order: np.ndarray) -> np.ndarray:
+    """Ratio of the reference's standard deviation to the matched channel's, pooled over the places of a space.
+
+    Each place comes with the channels of the value that belong to the space.
+    """
+    ours = np.sqrt(sum(s.deviations()[0][index] ** 2 for s, index in statistics))
+    theirs = np.sqrt(sum(s.deviations()[1][index] ** 2 for s, index in statistics))[order]
     alive = (ours > 1e-6) & (theirs > 1e-6)
     return np.where(alive, ours / np.where(alive, theirs, 1.0), 1.0)
 
 
 def _similarity(
     sharable: Sharable,
-    places: dict[str, tuple[Space, Slots]],
+    orders: dict[str, np.ndarray],
     statistics: dict[str, PairStatistics],
-    alignment: Alignment,
 ) -> list[LayerSimilarity]:
     assert sharable.stem is not None
     unit_of = {layer: n for n, cut in enumerate(sharable.cuts, start=1) for layer in cut.unit.layers}
     records = []
     for layer in find_layers(sharable.stem):
         name = layer.pre_activation.name or ""
-        if name not in places or layer.name not in unit_of:
+        if name not in statistics or layer.name not in unit_of:
             continue
         correlation = statistics[name].correlation()
-        order = alignment[places[name][0].name]
+        order = orders[name]
         records.append(
             LayerSimilarity(
                 unit=unit_of[layer.name],

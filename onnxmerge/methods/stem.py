@@ -15,6 +15,7 @@ from onnxmerge.methods.alignment import Aligned, Cut, Sharable
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task
 from onnxmerge.passes.average import Average, Partner
+from onnxmerge.passes.fit_split import FitSplit
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.least_squares import RIDGE, solve_least_squares, solve_repair
 from onnxmerge.passes.refit import Refit, Solve, Teacher
@@ -110,6 +111,19 @@ def _stem_teacher(
 
 def _computed(model: oir.Model) -> list[str]:
     return [v.name or "" for v in model.graph.inputs] + [o.name or "" for node in model.graph for o in node.outputs]
+
+
+def fit_split(
+    sharable: Sharable,
+    aligned: Mapping[str, Aligned],
+    tasks: Sequence[Task],
+    stem: oir.Model,
+    cut: Cut,
+    fitting: Fitting,
+) -> None:
+    """Let the stem's last layer span what all tasks read behind the cut, in place (see `FitSplit`)."""
+    teachers = {task.name: _stem_teacher(sharable, aligned, task, cut, fitting) for task in tasks}
+    FitSplit(teachers, seed=fitting.seed, threads=fitting.threads)(stem)
 
 
 def fit_tails(

@@ -26,7 +26,7 @@ from onnxmerge.methods.candidates import Shelf
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.plan import Plan, make_plan
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.stem import Fitting, Start, fit_tails, fuse_stem
+from onnxmerge.methods.stem import Fitting, Start, fit_split, fit_tails, fuse_stem
 from onnxmerge.methods.task import Task, load_networks, with_data
 from onnxmerge.passes.attach_tails import AttachTails, bare_stem
 from onnxmerge.report.provenance import hardware, library_versions, sha256
@@ -238,6 +238,8 @@ class _Run:
             if start not in self.stems:
                 self.stems[start] = fuse_stem(self.sharable, self.aligned, self.tasks, start, self.fitting)
             stem = cut_out(self.stems[start], self.tasks[0].inputs, [cut.unit.cut])
+            if start == Start.LEAST_SQUARES:
+                fit_split(self.sharable, self.aligned, self.tasks, stem, cut, self.fitting)
             tails = fit_tails(self.sharable, self.aligned, self.tasks, stem, cut, start, self.fitting)
             merged = AttachTails(tails)(stem).model
             tried.append((start, merged, self.judge.score(merged)))

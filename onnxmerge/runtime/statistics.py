@@ -18,13 +18,14 @@ class PairStatistics:
 
     def update(self, a: np.ndarray, b: np.ndarray) -> None:
         """Add a batch of rows."""
+        a, b = a.astype(np.float64), b.astype(np.float64)  # float32 products drown channels far from zero mean
         if self.rows == 0:
             p, q = a.shape[1], b.shape[1]
             self.sum_a, self.sum_b = np.zeros(p), np.zeros(q)
             self.aa, self.bb, self.ab = np.zeros((p, p)), np.zeros((q, q)), np.zeros((p, q))
         self.rows += len(a)
-        self.sum_a += a.sum(0, dtype=np.float64)
-        self.sum_b += b.sum(0, dtype=np.float64)
+        self.sum_a += a.sum(0)
+        self.sum_b += b.sum(0)
         self.aa += a.T @ a
         self.bb += b.T @ b
         self.ab += a.T @ b
