@@ -1,8 +1,8 @@
 """Fit the last shared layer together with the adapters behind it (approximate).
 
-Between the cut and the tasks' nonlinearities stand only linear maps, so the shared channels need not be any task's: they
-are to span what all tasks read. With X' = [X, S, 1] the layer's inputs, the skip that is added to its output (if any)
-and ones, Z_t task t's own values at the cut and w_t the inverse of their mean variance,
+Between the cut and the tasks' nonlinearities stand only linear maps, so the shared channels need not be any task's:
+they are to span what all tasks read. With X the layer's inputs and a column of ones, S the skip that is added to its
+output (if any), Z_t task t's own values at the cut and w_t the inverse of their mean variance,
 
     minimise over W and all V_t    sum_t w_t / n_t |(X W + S) V_t - Z_t|^2
 
@@ -122,7 +122,7 @@ def solve_split(statistics: Sequence[Regression], start: np.ndarray) -> np.ndarr
         adapters = [_adapter(d, whole, free) for d in designs]
         squares = [v @ v.T for v, _ in adapters]
         right = pull * start
-        for design, (adapter, shift), square in zip(designs, adapters, squares, strict=True):
+        for design, (adapter, shift) in zip(designs, adapters, strict=True):
             offset = np.outer(design.gram[:free, free - 1], shift) + design.gram[:free, free:] @ skip @ adapter
             right += (design.cross[:free] - offset) @ adapter.T
         weights = _conjugate(weights, right, [d.gram[:free, :free] for d in designs], squares, pull)
@@ -138,7 +138,7 @@ def _design(task: Regression, free: int) -> _Design:
 
 
 def _adapter(design: _Design, whole: np.ndarray, free: int) -> tuple[np.ndarray, np.ndarray]:
-    """The task's best linear map and shift behind the given shared channels: [channels, own channels], [own channels]."""
+    """The task's best linear map [channels, own channels] and shift [own channels] behind the shared channels."""
     ones = np.zeros((len(whole), 1))
     ones[free - 1] = 1
     made = np.concatenate([whole, ones], axis=1)

@@ -146,9 +146,7 @@ class Refit(oir.passes.InPlacePass):
             statistics = [self._gather(piece, teacher, fits) for teacher in teachers.values()]
             for number, fit in enumerate(fits):
                 current = weights_and_bias(fit.layer)
-                set_weights_and_bias(
-                    fit.layer, self.solve(fit.layer, [task[number] for task in statistics], current)
-                )
+                set_weights_and_bias(fit.layer, self.solve(fit.layer, [task[number] for task in statistics], current))
                 self.progress(fit.layer.name)
             waiting = [layer for layer in waiting if layer not in ready]
 
@@ -207,6 +205,7 @@ def weights_and_bias(layer: Layer) -> np.ndarray:
 
 
 def set_weights_and_bias(layer: Layer, solution: np.ndarray) -> None:
+    """The inverse of `weights_and_bias`: replace the layer's arrays."""
     set_array(layer.weight, weight_array(layer, solution[:, :-1]))
     bias = solution[:, -1].reshape(-1)
     if layer.bias is not None:
