@@ -16,6 +16,7 @@ from datasets import CACHE, SHARED, cifar
 
 import onnxmerge
 from onnxmerge.calibration.module import GraphModule
+from onnxmerge.methods.stem import Start
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.runtime.session import open_session, run
 
@@ -25,7 +26,9 @@ MODELS = [SHARED / "models" / f"{name}.onnx" for name in (TEN, HUNDRED)]
 
 def zipped(share: str, steps: int, seed: int, folder: str, *, measure: bool) -> Result:
     images, labelled = cifar(labels=False), cifar(labels=True)
-    settings = onnxmerge.ZipSettings(share=share, steps=steps, seed=seed, measure=measure)
+    settings = onnxmerge.ZipSettings(
+        share=share, steps=steps, seed=seed, measure=measure, starts=(Start.LEAST_SQUARES,)
+    )
     # the CIFAR-10 network reads the same images with labels, so that its accuracy is known; no step trains with them
     return onnxmerge.zip_models(
         MODELS, {TEN: labelled, HUNDRED: images}, CACHE / folder, settings=settings, resume=True

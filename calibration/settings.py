@@ -17,7 +17,7 @@ class Settings:
     Attributes:
         steps: optimiser steps; 0 leaves the model as it is.
         batch: samples of each task in a step.
-        rate: the highest learning rate of the one-cycle schedule.
+        rate: the highest learning rate of the one-cycle schedule, as a share of each array's root mean square.
         temperature: softens the logits under the KL loss.
         feature_weight: weight of the mean feature loss over a task's taps; 0 ignores taps.
         feature_norm: "l2" squares the errors of feature maps, "l1" (Zippering MobileNets) does not.
@@ -31,10 +31,10 @@ class Settings:
 
     steps: int
     batch: int = 64
-    rate: float = 1e-3
+    rate: float = 1e-2
     temperature: float = 2.0
-    feature_weight: float = 10.0
-    feature_norm: Literal["l1", "l2"] = "l2"
+    feature_weight: float = 3.0
+    feature_norm: Literal["l1", "l2"] = "l1"
     use_labels: bool = False
     seed: int = 0
     evaluations: int = 10

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 import torch
+from torch import Tensor
 
 from onnxmerge.calibration.judge import BestWeights, Judge
 from onnxmerge.calibration.module import GraphModule
@@ -97,8 +98,9 @@ def _train(
         judge = Judge(student, streams, held_out, settings.batch, settings.seed)
         outcome.losses.append((0, best.offer(0, judge.loss())))
         sources = [stream.shuffled(data, settings.batch, settings.seed) for stream in streams]
-        optimiser = torch.optim.AdamW(parameters, lr=settings.rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.rate, total_steps=max(settings.steps, 1))
+        rates = [settings.rate * _magnitude(parameter) for parameter in parameters]
+        optimiser = torch.optim.AdamW([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=max(settings.steps, 1))
         for step in range(1, settings.steps + 1):
             finite = _step(student, streams, sources, optimiser, bfloat16)
             schedule.step()
@@ -115,6 +117,16 @@ def _train(
     best.restore()
     outcome.best_step = best.step
     return outcome
+
+
+def _magnitude(parameter: Tensor) -> float:
+    """Root mean square of an array, at least 1e-3: Adam's steps are taken relative to it.
+
+    Folded batch norms leave neighbouring layers with weights of very different size (0.007 and 0.6 in one block of a
+    ResNet-20); one absolute rate would wreck the one before it moved the other. Adafactor (Shazeer and Stern 2018)
+    scales its steps alike.
+    """
+    return max(float(parameter.detach().square().mean().sqrt()), 1e-3)
 
 
 def _step(

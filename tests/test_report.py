@@ -402,7 +402,6 @@ def test_the_page_tells_where_it_all_came_from() -> None:
         "one, two",
         "3.11.7",
         result.notes[0],
-        "31.2 %",
         "session.force_spinning_stop=1",
     ):
         assert fact in text
