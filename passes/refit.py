@@ -128,8 +128,8 @@ class Refit(oir.passes.InPlacePass):
         after = cut_out(teacher.model, [theirs], [v.name or "" for v in teacher.model.graph.outputs])
         return Teacher(
             after,
-            store(model, teacher.samples, [theirs], teacher.count, folder / "teacher", threads=self.threads),
-            store(piece, teacher.student_samples, [cut], teacher.count, folder / "student", threads=self.threads),
+            store(model, teacher.samples, [theirs], folder / "teacher", threads=self.threads),
+            store(piece, teacher.student_samples, [cut], folder / "student", threads=self.threads),
             teacher.count,
             teacher.values,
             teacher.orders,

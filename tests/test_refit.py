@@ -277,7 +277,7 @@ def test_stream_and_store_agree_with_onnxruntime(tmp_path):
     wanted = execute(model, whole)[end]
     np.testing.assert_allclose(np.concatenate([batch[end] for batch in streamed]), wanted, rtol=1e-4, atol=1e-5)
 
-    kept = Renamed(store(model, samples, [tap, end], 20, tmp_path / "values", threads=1), {tap: "arriving"})
+    kept = Renamed(store(model, samples, [tap, end], tmp_path / "values", threads=1), {tap: "arriving"})
     again = list(kept.batches(8))
     assert [list(batch) for batch in again] == [["arriving"]] * 3
     for batch, values in zip(again, streamed, strict=True):

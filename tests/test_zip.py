@@ -124,7 +124,7 @@ def test_units_of_a_residual_pair() -> None:
     networks = load_networks([folder / "resnet20_cifar10.onnx", folder / "resnet20_cifar100.onnx"])
     sharable = find_sharable(networks)
     assert [cut.unit.kind for cut in sharable.cuts] == ["layer"] + ["block"] * 9
-    assert sharable.limit == "everything but the heads can be shared"
+    assert sharable.limit == "what follows is each network's head"
     sharable = find_sharable(load_networks([folder / "resnet20_cifar10.onnx", folder / "resnet8_cifar100.onnx"]))
     assert len(sharable.cuts) == 2
     assert "resnet8_cifar100 differs from resnet20_cifar10 at Conv" in sharable.limit

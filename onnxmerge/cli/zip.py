@@ -115,4 +115,6 @@ def _print_plan(plan: object, as_json: bool) -> None:
         table.add_row(str(k), *cells, "" if predicted is None else f"{predicted:,}{share}")
     console = Console()
     console.print(table)
-    console.print(f"k to try: {', '.join(map(str, plan.share))}. Sharing stops there: {plan.limit}.")
+    console.print(
+        f"k to try: {', '.join(map(str, plan.share))}. At most {len(plan.units)} can be shared: {plan.limit}."
+    )

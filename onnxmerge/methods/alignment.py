@@ -76,7 +76,7 @@ def find_sharable(tasks: Sequence[Network]) -> Sharable:
     reference, *others = tasks
     partners = {task.name: correspond(reference.model, task.model) for task in others}
     cuts: list[Cut] = []
-    limit = "everything but the heads can be shared"
+    limit = "what follows is each network's head"
     for unit in find_units(reference.model):
         stem = cut_out(reference.model, reference.inputs, [unit.cut])
         missing = [t for t, found in partners.items() if not _covers(found, stem)]

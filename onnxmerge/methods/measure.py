@@ -63,7 +63,7 @@ class Judge:
             split = self._splits[task.name]
             folder = self._folder / f"originals-{task.name}"
             self._expected[task.name] = store(
-                task.model, task.feeds(split, task), task.outputs, len(split), folder, threads=self.threads
+                task.model, task.feeds(split, task), task.outputs, folder, threads=self.threads
             )
         return self._expected[task.name]
 

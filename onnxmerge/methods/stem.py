@@ -165,13 +165,10 @@ def _fit_tail(
         stem,
         task.feeds(split, sharable.reference),
         [cut.unit.cut],
-        len(split),
         folder / "student",
         threads=fitting.threads,
     )
-    wanted = store(
-        task.model, task.feeds(split, task), [theirs], len(split), folder / "teacher", threads=fitting.threads
-    )
+    wanted = store(task.model, task.feeds(split, task), [theirs], folder / "teacher", threads=fitting.threads)
     cuts = [unit.cut for unit in find_units(task.model)]
     values = {name: name for name in _computed(teacher)} | {_ARRIVING: theirs}
     Refit(

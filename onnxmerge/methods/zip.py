@@ -101,16 +101,17 @@ def zip_models(
     sharable = find_sharable(tasks)
     plan = make_plan(tasks, sharable, settings.share)
     folder = claim_folder(output, overwrite=overwrite or resume)
-    write_text(folder / "plan.json", plan.to_json())
     recipe = _recipe(tasks, settings, plan)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
         run = _Run(tasks, sharable, plan, settings, Path(temporary), shelf, recipe, progress)
         interrupted = run.make_candidates()
     result = run.result(interrupted)
+    (folder / "merged.onnx").unlink(missing_ok=True)
     if result.chosen is not None:
         with whole_file(folder / "merged.onnx") as temporary_file:
             shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
+    write_text(folder / "plan.json", plan.to_json())
     write_report(result, folder)
     if interrupted:
         raise Interrupted(result)
@@ -165,7 +166,7 @@ class _Run:
         self.aligned: dict[str, Aligned] = {}
         self.stems: dict[Start, oir.Model] = {}
         self.candidates: list[Candidate] = []
-        self.notes = [f"Sharing stops after {len(plan.units)} units: {plan.limit}."]
+        self.notes = [f"At most {len(plan.units)} units can be shared: {plan.limit}."]
 
     def make_candidates(self) -> bool:
         """Make every candidate of the plan; whether an interrupt stopped it."""

@@ -1,5 +1,6 @@
 """Run a model over samples and hand out the values asked for, batch by batch; keep a cut's values on disk."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -7,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as oir
 
+from onnxmerge.errors import UsageError
 from onnxmerge.ir.compose import cut_out
 from onnxmerge.runtime.session import open_session, run
 
@@ -26,7 +28,7 @@ class Samples(Protocol):
 class Stored:
     """Values of a cut for a set of samples, in memory-mapped files: one file for each value."""
 
-    def __init__(self, arrays: Mapping[str, np.memmap]):
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
         self._arrays = arrays
 
     def batches(self, size: int) -> Iterator[Arrays]:
@@ -73,23 +75,27 @@ def _needed(model: oir.Model, names: Sequence[str]) -> list[str]:
 
 
 def store(
-    model: oir.Model,
-    samples: Samples,
-    names: Sequence[str],
-    count: int,
-    folder: Path,
-    *,
-    threads: int | None = None,
+    model: oir.Model, samples: Samples, names: Sequence[str], folder: Path, *, threads: int | None = None
 ) -> Stored:
-    """Run `model` over `count` samples and keep the values `names` in files under `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, np.memmap] = {}
-    start = 0
-    for batch in stream(model, samples, names, threads=threads):
-        for number, (name, array) in enumerate(batch.items()):
-            if name not in arrays:
-                shape = (count, *array.shape[1:])
-                arrays[name] = np.memmap(folder / f"{number}.bin", array.dtype, "w+", shape=shape)
-            arrays[name][start : start + len(array)] = array
-        start += len(next(iter(batch.values())))
-    return Stored(arrays)
+    """Run `model` over `samples` and keep the values `names` in files under `folder`.
+
+    The files are written in the ordinary way and mapped afterwards: a full disk is then an error, not a crash.
+
+    Raises:
+        UsageError: the files cannot be written.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, np.dtype] = {}
+    paths = {name: folder / f"{number}.bin" for number, name in enumerate(names)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
+            for batch in stream(model, samples, names, threads=threads):
+                for name, array in batch.items():
+                    files[name].write(np.ascontiguousarray(array).data)
+                    rows = shapes[name][0] if name in shapes else 0
+                    shapes[name], kinds[name] = (rows + len(array), *array.shape[1:]), array.dtype
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot keep activations there: {error.strerror or error}") from error
+    return Stored({name: np.memmap(paths[name], kinds[name], "r", shape=shapes[name]) for name in names})
