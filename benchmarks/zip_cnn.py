@@ -18,7 +18,7 @@ from onnxmerge.methods.stem import Start
 from onnxmerge.report.schema import Candidate
 
 MODELS = [SHARED / "models" / "cnn_mnist.onnx", SHARED / "models" / "cnn_fashion_mnist.onnx"]
-SAMPLES = 10_000
+SAMPLES = 5000
 
 
 def run(start: Start, steps: int, seed: int) -> Candidate:

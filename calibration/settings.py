@@ -33,7 +33,7 @@ class Settings:
     batch: int = 64
     rate: float = 1e-2
     temperature: float = 2.0
-    feature_weight: float = 1.0
+    feature_weight: float = 3.0
     feature_norm: Literal["l1", "l2"] = "l1"
     use_labels: bool = False
     seed: int = 0
