@@ -16,6 +16,7 @@ def calibrate_zip(
     tasks: Sequence[Task],
     *,
     steps: int,
+    rate: float,
     labels: bool,
     seed: int,
     threads: int | None,
@@ -42,7 +43,7 @@ def calibrate_zip(
         feature_taps(merged, tasks),
         {task.name: task.data.calibration for task in tasks},
         {task.name: task.data.held_out for task in tasks},
-        Settings(steps=steps, use_labels=labels, seed=seed, threads=threads),
+        Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads),
         advance,
     )
     if outcome.interrupted:

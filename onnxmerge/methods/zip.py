@@ -42,6 +42,7 @@ class ZipSettings:
         share: "auto" (all k), a number k, a fraction of the units, or the path of an edited plan.
         max_drop: largest loss of the worst task (see `TaskScore.drop`); None: no bound, the largest k is chosen.
         steps: calibration steps of each candidate; 0 leaves the closed form.
+        rate: peak learning rate of calibration, as a share of each array's root mean square.
         samples: unlabelled samples of each task for the closed form.
         starts: stems to try at each k; the one with the better worst task on held-out samples is calibrated.
         labels: use the labels of the calibration samples.
@@ -54,6 +55,7 @@ class ZipSettings:
     share: str = "auto"
     max_drop: float | None = 0.01
     steps: int = 300
+    rate: float = 1e-2
     samples: int = 2000
     starts: tuple[Start, ...] = (Start.LEAST_SQUARES, Start.KEEP)
     labels: bool = False
@@ -255,6 +257,7 @@ class _Run:
             merged,
             self.tasks,
             steps=self.settings.steps,
+            rate=self.settings.rate,
             labels=self.settings.labels,
             seed=self.settings.seed,
             threads=self.settings.threads,
