@@ -126,7 +126,22 @@ def solve_split(statistics: Sequence[Regression], start: np.ndarray) -> np.ndarr
             offset = np.outer(design.gram[:free, free - 1], shift) + design.gram[:free, free:] @ skip @ adapter
             right += (design.cross[:free] - offset) @ adapter.T
         weights = _conjugate(weights, right, [d.gram[:free, :free] for d in designs], squares, pull)
-    return weights
+    return weights if len(skip) else _decorrelate(weights, statistics)
+
+
+def _decorrelate(weights: np.ndarray, statistics: Sequence[Regression]) -> np.ndarray:
+    """Make the shared channels uncorrelated and equally large, which the adapters undo.
+
+    Without a skip, W R and R^-1 V_t are as good as W and V_t for any R; gradient steps want the best conditioned one.
+    """
+    free = len(weights)
+    gram = np.mean([task.gram[0][:free, :free] / task.rows for task in statistics], axis=0)
+    mean = gram[-1] @ weights
+    covariance = weights.T @ gram @ weights - np.outer(mean, mean)
+    variances, axes = np.linalg.eigh(covariance)
+    floor = 1e-4 * variances.max()
+    whiten = axes @ np.diag(np.sqrt(np.trace(covariance) / len(variances) / np.maximum(variances, floor))) @ axes.T
+    return weights @ whiten
 
 
 def _design(task: Regression, free: int) -> _Design:
