@@ -20,7 +20,6 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder.", show_default=False)]
 Steps = Annotated[
     int, typer.Option("--steps", min=0, help="Calibration steps for each candidate; 0: closed form only.")
 ]
