@@ -4,6 +4,8 @@ Weights behind Transpose, Reshape or Cast become weights in final form, and shap
 constant that the label rules can read.
 """
 
+from collections.abc import Container
+
 import numpy as np
 import onnx_ir as oir
 from onnx.reference.op_run import OpRun
@@ -13,18 +15,18 @@ _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLi
 _LIMIT_BYTES = 1 << 28  # a folded constant is stored: do not turn a small Expand into a huge weight
 
 
-def fold_constants(model: oir.Model) -> None:
-    """Replace constant nodes by initializers, in place."""
+def fold_constants(model: oir.Model, keep: Container[str] = ()) -> None:
+    """Replace constant nodes by initializers, in place; nodes that read an initializer in `keep` stay."""
     graph = model.graph
     outputs = set(graph.outputs)
     for node in list(graph):
-        arrays = _evaluate(node, model.opset_imports.get("", 1)) if _foldable(node, outputs) else None
+        arrays = _evaluate(node, model.opset_imports.get("", 1)) if _foldable(node, outputs, keep) else None
         if arrays is None:
             continue
         for value, array in zip(node.outputs, arrays, strict=True):
             name = value.name or ""
             value.name = f"{name}__computed"
-            tensor = oir.tensor(np.ascontiguousarray(array), name=name)
+            tensor = oir.tensor(np.asarray(array, order="C"), name=name)
             constant = oir.Value(
                 name=name, shape=oir.Shape(array.shape), type=oir.TensorType(tensor.dtype), const_value=tensor
             )
@@ -33,7 +35,7 @@ def fold_constants(model: oir.Model) -> None:
         graph.remove(node, safe=True)
 
 
-def _foldable(node: oir.Node, graph_outputs: set[oir.Value]) -> bool:
+def _foldable(node: oir.Node, graph_outputs: set[oir.Value], keep: Container[str]) -> bool:
     if node.domain not in ("", "ai.onnx") or node.op_type in _RANDOM or any(o in graph_outputs for o in node.outputs):
         return False
     if any(a.type in (oir.AttributeType.GRAPH, oir.AttributeType.GRAPHS) for a in node.attributes.values()):
@@ -41,7 +43,7 @@ def _foldable(node: oir.Node, graph_outputs: set[oir.Value]) -> bool:
     if node.op_type == "Shape":
         shape = node.inputs[0].shape if node.inputs[0] is not None else None
         return shape is not None and all(isinstance(d, int) for d in shape)
-    return all(v is None or v.const_value is not None for v in node.inputs)
+    return all(v is None or (v.const_value is not None and v.name not in keep) for v in node.inputs)
 
 
 def _evaluate(node: oir.Node, opset: int) -> list[np.ndarray] | None:

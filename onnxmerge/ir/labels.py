@@ -5,7 +5,7 @@ space), an *atom* id for each index on axes that do. Two atoms that a rule unite
 which atoms the slots along some axes of a constant belong to; a frozen atom must keep its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,12 +49,16 @@ class Frozen:
 class Trace:
     """Labels of all values seen so far, and what the rules said of them."""
 
+    constants: Container[str]
+    """Names of the arrays that can be rewritten; others are made from sizes, such as a table of positions."""
     uses: list[Use] = field(default_factory=list)
     frozen: list[Frozen] = field(default_factory=list)
     tags: list[np.ndarray] = field(default_factory=list)
     """Sets of atoms that must not mix with others (the channels of one group)."""
     moves: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     """For each transposed label its atoms in their new order, and the place that each had before."""
+    binds: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """Parents [P] and children [P, D]: channel p of the parents moves together with row p as one block."""
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     atoms: int = 0
     _united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -84,12 +88,79 @@ class Trace:
         self._united.append((left.ravel(), right.ravel()))
 
     def use(self, constant: oir.Value, axes: Sequence[int], atoms: np.ndarray, rows: Rows | None = None) -> None:
-        """Record that the slots along `axes` of `constant` belong to `atoms`."""
-        self.uses.append(Use(constant.name or "", tuple(axes), atoms.ravel(), rows))
+        """Record that the slots along `axes` of `constant` belong to `atoms`.
+
+        An array that cannot be rewritten fixes them, unless it is the same for all.
+        """
+        if (constant.name or "") in self.constants:
+            self.uses.append(Use(constant.name or "", tuple(axes), atoms.ravel(), rows))
+        elif constant.const_value is None or ((array := constant.const_value.numpy()).size and np.ptp(array) != 0):
+            self.fix(atoms)
 
     def tag(self, atoms: np.ndarray) -> None:
         """Keep `atoms` among themselves."""
         self.tags.append(atoms.ravel())
+
+    def bind(self, parents: np.ndarray, children: np.ndarray) -> None:
+        """Say that channel p of `parents` [P] moves together with row p of `children` [P, D], as a head of attention
+        moves with its channels; the children of a row keep among themselves.
+        """
+        self.binds.append((parents.ravel(), children.reshape(parents.size, -1)))
+
+    def transposed(self, label: np.ndarray, perm: Sequence[int]) -> np.ndarray:
+        """`label` with its axes in another order. Where several carry channels, the slots of one channel may change
+        places, which two channels of one space must do alike.
+        """
+        moved = label.transpose(perm)
+        if len(channel_axes(label)) > 1:
+            self.moves.append((moved.ravel(), np.arange(label.size).reshape(label.shape).transpose(perm).ravel()))
+        return moved
+
+    def together(self, label: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """The label of a statistic over `axes` (a mean, a softmax's sum), of size 1 along them.
+
+        Without channels on other axes it carries none: it is symmetric in what it sums over. Else each index of the
+        other axes is a parent of the channels it sums over.
+        """
+        if all(label.shape[axis] == 1 for axis in axes):
+            return label
+        kept = tuple(size if axis not in axes else 1 for axis, size in enumerate(label.shape))
+        if max(kept, default=1) == 1:
+            return no_channels(label.ndim)
+        parents = self.fresh(int(np.prod(kept)))
+        order = [axis for axis in range(label.ndim) if axis not in axes] + sorted(axes)
+        self.bind(parents, label.transpose(order).reshape(parents.size, -1))
+        return parents.reshape(kept)
+
+    def combine(self, node: oir.Node, labels: Sequence[np.ndarray]) -> np.ndarray:
+        """The label of an operator that acts on each index alone, from its operands' labels of equal rank.
+
+        Where one operand varies along fewer axes, each of its channels moves together with the channels it meets. One
+        that varies along others keeps its order: no single array of atoms could tell both.
+        """
+        whole = max(labels, key=np.size)
+        varying = channel_axes(whole)
+        for label in labels:  # the first channel on each position stands for all
+            if channel_axes(label) == varying:
+                whole = np.where(whole == NO_CHANNEL, label, whole)
+        for label in labels:
+            own = channel_axes(label)
+            if own == varying:
+                self.unite(label, whole)
+            elif not set(own) <= set(varying):
+                self.freeze(node, "its operands carry channels along different axes", label)
+            elif own:  # a single channel spread over many is none of them
+                self.bind(label, _rows(whole, own))
+        return whole
+
+    def use_partly(self, constant: oir.Value, axes: Sequence[int], whole: np.ndarray, own: Sequence[int]) -> None:
+        """Record that axes `axes` of `constant` vary with the axes `own` of the label `whole`, and with no other."""
+        if tuple(own) == channel_axes(whole):
+            self.use(constant, axes, whole)
+            return
+        parents = self.fresh(int(np.prod([whole.shape[axis] for axis in own])))
+        self.use(constant, axes, parents)
+        self.bind(parents, _rows(whole, own))
 
     def fix(self, atoms: np.ndarray) -> None:
         """Fix the place of `atoms` without blaming a node (graph outputs)."""
@@ -116,9 +187,20 @@ class Trace:
         return classes, fixed
 
 
+def _rows(whole: np.ndarray, own: Sequence[int]) -> np.ndarray:
+    """[index of the axes `own`, index of the others]"""
+    order = [*own, *(axis for axis in range(whole.ndim) if axis not in own)]
+    return whole.transpose(order).reshape(int(np.prod([whole.shape[axis] for axis in own])), -1)
+
+
 def no_channels(dimensions: int) -> np.ndarray:
     """The label of a value of that rank that carries no channels."""
     return np.full((1,) * dimensions, NO_CHANNEL, dtype=np.int64)
+
+
+def aligned(label: np.ndarray, dimensions: int) -> np.ndarray:
+    """`label` with axes of size 1 put before it, as numpy broadcasting does."""
+    return label.reshape((1,) * (dimensions - label.ndim) + label.shape)
 
 
 def rank(value: oir.Value) -> int:

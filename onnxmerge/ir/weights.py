@@ -13,7 +13,7 @@ def get_array(value: oir.Value) -> np.ndarray:
 def set_array(value: oir.Value, array: np.ndarray) -> None:
     """Replace the array of an initializer, keeping its element type; shape and type of the value follow."""
     dtype = get_array(value).dtype
-    tensor = oir.tensor(np.ascontiguousarray(array, dtype=dtype), name=value.name)
+    tensor = oir.tensor(np.asarray(array, dtype=dtype, order="C"), name=value.name)
     value.const_value = tensor
     value.shape = oir.Shape(array.shape)
     value.type = oir.TensorType(tensor.dtype)
@@ -25,7 +25,7 @@ def add_initializer(graph: oir.Graph, name: str, array: np.ndarray) -> oir.Value
     while free in graph.initializers:
         number += 1
         free = f"{name}__{number}"
-    tensor = oir.tensor(np.ascontiguousarray(array), name=free)
+    tensor = oir.tensor(np.asarray(array, order="C"), name=free)
     value = oir.Value(name=free, shape=oir.Shape(array.shape), type=oir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -3,20 +3,16 @@
 A rule is a function of a node and the trace. It reads the labels of the node's inputs, sets those of its outputs, and
 says which atoms are the same, which slots of which constant belong to them, and which must keep their place. An
 operator without a rule freezes the channels that reach it: correct, never clever.
+
+Every module of this folder is imported, so that a rule counts by being there.
 """
 
-from onnxmerge.ir.rules import combining, convolution, dense, elementwise, moving, norms, pooling, reductions
+from importlib import import_module
+from pkgutil import iter_modules
+
 from onnxmerge.ir.rules.registry import RULES, Rule
 
-__all__ = [
-    "RULES",
-    "Rule",
-    "combining",
-    "convolution",
-    "dense",
-    "elementwise",
-    "moving",
-    "norms",
-    "pooling",
-    "reductions",
-]
+for _module in iter_modules(__path__, f"{__name__}."):
+    import_module(_module.name)
+
+__all__ = ["RULES", "Rule"]

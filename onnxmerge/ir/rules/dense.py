@@ -1,52 +1,101 @@
-"""Gemm and MatMul: a constant matrix reads the channels of one axis and makes fresh ones."""
+"""Gemm, MatMul and Einsum: products, of data with a weight or of two computed values."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.labels import Trace, carries, channel_axes, dims, no_channels
+from onnxmerge.ir.labels import Trace, carries, dims
+from onnxmerge.ir.rules.contraction import Factor, Index, contract, contract_weight
+from onnxmerge.ir.rules.elementwise import broadcast
 from onnxmerge.ir.rules.registry import integer, is_constant, optional, required, rule
-
-
-@rule("Gemm")
-def gemm(node: oir.Node, trace: Trace) -> None:
-    """Y = X W + b with W constant, [K, N] or [N, K] by transB."""
-    data, weight, bias = required(node, 0), required(node, 1), optional(node, 2)
-    label = trace.label(data)
-    if not is_constant(weight) or integer(node, "transA", 0):
-        trace.freeze(node, "both factors are computed or the data is transposed", label, trace.label(weight))
-        return
-    reads = 1 if integer(node, "transB", 0) else 0
-    made = _linear(node, trace, label, weight, reads)
-    if bias is None:
-        return
-    if not is_constant(bias):
-        trace.freeze(node, "its bias is computed", trace.label(bias), made)
-    elif dims(bias) and dims(bias)[-1] != 1:
-        trace.use(bias, (len(dims(bias)) - 1,), made)
 
 
 @rule("MatMul")
 def matmul(node: oir.Node, trace: Trace) -> None:
-    """Data [..., K] times a constant [K, N]; any other product of computed values freezes what reaches it."""
-    data, weight = required(node, 0), required(node, 1)
-    label = trace.label(data)
-    if is_constant(weight) and len(dims(weight)) == 2 and label.ndim >= 2:
-        _linear(node, trace, label, weight, 0)
+    """[..., M, K] times [..., K, N]; an operand of rank 1 is a vector of length K."""
+    left, right = required(node, 0), required(node, 1)
+    batch = [f"batch{number}" for number in range(max(len(dims(left)), len(dims(right))) - 2)]
+    rows, columns = ["m"] * (len(dims(left)) > 1), ["n"] * (len(dims(right)) > 1)
+    left_batch = batch[len(batch) - max(len(dims(left)) - 2, 0) :]
+    right_batch = batch[len(batch) - max(len(dims(right)) - 2, 0) :]
+    label = _product(node, trace, left, [*left_batch, *rows, "k"], right, [*right_batch, "k", *columns],
+                     [*batch, *rows, *columns])  # fmt: skip
+    if label is not None:
+        trace.set_label(node.outputs[0], label)
+
+
+@rule("Gemm")
+def gemm(node: oir.Node, trace: Trace) -> None:
+    """Y = X W + b, either factor transposed or not, b broadcast."""
+    left, right, bias = required(node, 0), required(node, 1), optional(node, 2)
+    of_left = ["k", "m"] if integer(node, "transA", 0) else ["m", "k"]
+    of_right = ["n", "k"] if integer(node, "transB", 0) else ["k", "n"]
+    label = _product(node, trace, left, of_left, right, of_right, ["m", "n"])
+    if label is None:
+        return
+    output = node.outputs[0]
+    if bias is None:
+        trace.set_label(output, label)
     else:
-        trace.freeze(node, "product of two computed values, or of a batch of matrices", label, trace.label(weight))
+        broadcast(node, trace, [(label, output), (trace.label(bias), bias)], output)
 
 
-def _linear(node: oir.Node, trace: Trace, label: np.ndarray, weight: oir.Value, reads: int) -> np.ndarray:
-    """Record both axes of `weight`, label the output, and return the fresh atoms."""
-    last = label.ndim - 1
-    if channel_axes(label) not in ((), (last,)):
-        trace.freeze(node, "channels lie on an axis that the matrix does not read", label)
-        label = no_channels(label.ndim)
-    if carries(label):
-        trace.use(weight, (reads,), label)
-    count = dims(weight)[1 - reads]
-    assert count is not None
-    made = trace.fresh(count)
-    trace.use(weight, (1 - reads,), made)
-    trace.set_label(node.outputs[0], made.reshape((1,) * last + (count,)))
-    return made
+@rule("Einsum")
+def einsum(node: oir.Node, trace: Trace) -> None:
+    """One or two operands, each index at most once in an operand."""
+    operands = [value for value in node.inputs if value is not None]
+    labels = [trace.label(value) for value in operands]
+    terms, result = _terms(node.attributes["equation"].as_string(), [len(dims(value)) for value in operands])
+    if len(operands) > 2 or any(len(set(term)) < len(term) for term in [*terms, result]):
+        trace.freeze(node, "only equations of one or two operands without repeated indices are read", *labels)
+    elif len(operands) == 1:
+        summed = [axis for axis, index in enumerate(terms[0]) if index not in result]
+        kept = Factor(trace.together(labels[0], summed), terms[0])
+        trace.set_label(node.outputs[0], kept.arranged(result, trace))
+    else:
+        label = _product(node, trace, operands[0], terms[0], operands[1], terms[1], result)
+        if label is not None:
+            trace.set_label(node.outputs[0], label)
+
+
+def _product(
+    node: oir.Node,
+    trace: Trace,
+    left: oir.Value,
+    of_left: Sequence[Index],
+    right: oir.Value,
+    of_right: Sequence[Index],
+    result: Sequence[Index],
+) -> np.ndarray | None:
+    a = Factor(trace.label(left), of_left, left)
+    b = Factor(trace.label(right), of_right, right)
+    if is_constant(left) == is_constant(right):
+        return contract(node, trace, a, b, result)
+    data, weight = (b, a) if is_constant(left) else (a, b)
+    alone = [index for index in weight.indices if index not in data.indices and index not in result]
+    if alone and carries(data.label):
+        trace.freeze(node, "its weight is summed over an index that the data do not have", data.label)
+        return None
+    return contract_weight(node, trace, data, weight, result)
+
+
+def _terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[Index]], list[Index]]:
+    """The indices of each operand and of the result; an ellipsis becomes one index for each axis it stands for."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    longest = max(rank - len(part.replace("...", "")) for part, rank in zip(parts, ranks, strict=True))
+    terms = [
+        _expanded(part, rank - len(part.replace("...", "")), longest) for part, rank in zip(parts, ranks, strict=True)
+    ]
+    if "->" in equation:
+        return terms, _expanded(output, longest, longest)
+    letters = [index for index in inputs if index.isalpha()]
+    implied = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    return terms, _expanded("..." * ("..." in inputs) + implied, longest, longest)
+
+
+def _expanded(term: str, count: int, longest: int) -> list[Index]:
+    """`term` with its ellipsis as the last `count` of the `longest` indices that it may stand for."""
+    before, dots, after = term.partition("...")
+    return [*before, *([f"batch{number}" for number in range(longest - count, longest)] if dots else []), *after]

@@ -1,68 +1,54 @@
 """Operators that act on each element alone: the channels of all operands are the same channels."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.labels import Trace, carries, channel_axes, dims
-from onnxmerge.ir.rules.registry import is_constant, rule
+from onnxmerge.ir.labels import Trace, aligned, carries, channel_axes, dims
+from onnxmerge.ir.rules.registry import rule, source_axis
 
 
 @rule(
-    *("Abs", "Ceil", "Celu", "Clip", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity"),
-    *("LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Softplus"),
-    *("Softsign", "Sqrt", "Tanh", "ThresholdedRelu", "Cast", "Dropout", "IsNaN", "IsInf"),
+    *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Elu", "Erf"),
+    *("Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not"),
+    *("Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign"),
+    *("Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Cast", "CastLike", "Dropout", "IsNaN", "IsInf"),
     *("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Mean", "Sum", "Where", "PRelu", "Mod"),
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor"),
+    *("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "BitShift"),
 )
 def elementwise(node: oir.Node, trace: Trace) -> None:
-    """Unite the operands' channels after numpy broadcasting; constants get slots on the channel axes.
+    """Unite the operands' channels after numpy broadcasting; see `broadcast`."""
+    operands = [value for value in node.inputs if value is not None]
+    for output in node.outputs:
+        broadcast(node, trace, [(trace.label(value), value) for value in operands], output)
+
+
+Operand = tuple[np.ndarray, oir.Value]
+"""The label of an operand, and the value that it labels."""
+
+
+def broadcast(node: oir.Node, trace: Trace, operands: Sequence[Operand], output: oir.Value) -> None:
+    """Label `output`, which numpy broadcasting makes of the operands; weights get slots on the channel axes.
 
     An operand that varies along a channel axis but carries no channels there (a graph input, a position table computed
     at run time) fixes the order.
     """
-    operands = [value for value in node.inputs if value is not None]
-    rank = max(len(dims(value)) for value in operands)
-    labels = [_pad(trace.label(value), rank) for value in operands if not is_constant(value)]
+    rank = max(len(dims(value)) for _, value in operands)
+    labels = [aligned(label, rank) for label, _ in operands]
     if not any(carries(label) for label in labels):
         return
-    whole = max(labels, key=np.size)
-    for label in labels:  # the first channel on each position stands for all
-        whole = np.where(whole == -1, label, whole)
-    varying = channel_axes(whole)
-    computed = iter(labels)
-    for value in operands:
+    whole = trace.combine(node, labels)
+    for label, (_, value) in zip(labels, operands, strict=True):
         sizes = (1,) * (rank - len(dims(value))) + dims(value)
-        spread = [axis for axis in varying if sizes[axis] != 1]
-        if is_constant(value):
-            _constant(trace, value, whole, spread, rank)
+        spread = [axis for axis in channel_axes(whole) if sizes[axis] != 1 and label.shape[axis] == 1]
+        if not spread:
             continue
-        label = next(computed)
-        if any(label.shape[axis] == 1 for axis in spread) or (spread and not carries(label)):
+        sources = [source_axis(value, axis - (rank - len(dims(value)))) for axis in spread]
+        found = [source for source in sources if source is not None]
+        if carries(label) or len(found) < len(spread):
             trace.freeze(node, "a channel axis meets a tensor that carries no channels there", *labels)
             return
-        if carries(label) and (spread or not varying):  # a single channel spread over many is none of them
-            trace.unite(label, whole)
-    trace.set_label(node.outputs[0], whole)
-
-
-def _constant(trace: Trace, value: oir.Value, whole: np.ndarray, spread: list[int], rank: int) -> None:
-    if not spread:
-        return
-    for axis in channel_axes(whole):  # the constant is one along this axis: all its channels share the slot
-        if axis not in spread:
-            trace.unite(whole, whole.take([0], axis))
-            whole = whole.take([0], axis)
-    own = tuple(axis - (rank - len(dims(value))) for axis in spread)
-    trace.use(value, own, whole)
-
-
-def _pad(label: np.ndarray, rank: int) -> np.ndarray:
-    return label.reshape((1,) * (rank - label.ndim) + label.shape) if label.ndim < rank else label
-
-
-@rule("Softmax", "LogSoftmax")
-def softmax(node: oir.Node, trace: Trace) -> None:
-    """Symmetric in the entries of its axis, so any order of channels is as good."""
-    value = node.inputs[0]
-    assert value is not None
-    trace.set_label(node.outputs[0], trace.label(value))
+        trace.use_partly(found[0][0], [axis for _, axis in found], whole, spread)
+    trace.set_label(output, whole)

@@ -11,7 +11,7 @@ from onnxmerge.ir.rules.registry import axes_of, integer, optional, required, ru
     *("ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"),
 )
 def reduction(node: oir.Node, trace: Trace) -> None:
-    """Drop the channels of the reduced axes, keep those of the others."""
+    """Channels of the reduced axes fall together, those of the others stay."""
     data = required(node, 0)
     label = trace.label(data)
     axes = axes_of(node, 1, rank(data))
@@ -20,13 +20,15 @@ def reduction(node: oir.Node, trace: Trace) -> None:
             trace.freeze(node, "its axes are computed", label)
             return
         axes = [] if integer(node, "noop_with_empty_axes", 0) else list(range(rank(data)))
-    kept = label
-    for axis in axes:
-        if kept.shape[axis] > 1:
-            other = [a for a in range(label.ndim) if a != axis and label.shape[a] > 1]
-            if other:  # one atom for each pair of positions: what remains has no label of its own
-                trace.freeze(node, "it reduces one of two axes that carry channels together", label)
-                return
-            kept = kept.take([0], axis) * 0 - 1
+    kept = trace.together(label, axes)
     shape = [size for axis, size in enumerate(kept.shape) if axis not in axes or integer(node, "keepdims", 1)]
     trace.set_label(node.outputs[0], kept.reshape(shape))
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax")
+def softmax(node: oir.Node, trace: Trace) -> None:
+    """Every entry along the axis meets the sum of all: symmetric, as long as they stay together."""
+    data = required(node, 0)
+    label = trace.label(data)
+    trace.together(label, [integer(node, "axis", -1) % rank(data)])
+    trace.set_label(node.outputs[0], label)
