@@ -11,20 +11,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.inspect import inspect_model
+    from onnxmerge.methods.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
     from onnxmerge.methods.zip import ZipSettings, plan_zip, zip_models
 
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "ZipSettings": "onnxmerge.methods.zip",
+    "extract_task": "onnxmerge.methods.extract",
     "inspect_model": "onnxmerge.methods.inspect",
+    "pack_models": "onnxmerge.methods.pack",
     "plan_zip": "onnxmerge.methods.zip",
     "validate_model": "onnxmerge.methods.validate",
     "zip_models": "onnxmerge.methods.zip",
 }
 
-__all__ = ["Bounds", "ZipSettings", "inspect_model", "plan_zip", "validate_model", "zip_models"]
+__all__ = [
+    "Bounds",
+    "ZipSettings",
+    "extract_task",
+    "inspect_model",
+    "pack_models",
+    "plan_zip",
+    "validate_model",
+    "zip_models",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import typer
 
-from onnxmerge.cli import bench, demo, inspect, validate, zip
+from onnxmerge.cli import bench, demo, extract, inspect, pack, validate, zip
 
 app = typer.Typer(
     name="onnxmerge",
@@ -12,8 +12,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("inspect")(inspect.inspect)
+app.command("pack")(pack.pack)
 app.command("zip")(zip.zip)
 app.command("validate")(validate.validate)
+app.command("extract")(extract.extract)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 

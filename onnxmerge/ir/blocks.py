@@ -45,6 +45,7 @@ def find_blocks(binds: Sequence[Bind], classes: np.ndarray, fixed: np.ndarray, n
                 fixed[table[old]] = True
         classes = table[classes]
         rows = _rows(binds, classes, fixed)
+    inside = _inside(rows)
     families: dict[tuple[object, ...], list[list[int]]] = {}
     for parent in rows:
         block = _block(parent, rows, fixed)
@@ -53,9 +54,15 @@ def find_blocks(binds: Sequence[Bind], classes: np.ndarray, fixed: np.ndarray, n
             continue
         members = list(dict.fromkeys(block))
         pattern = tuple(members.index(member) for member in block)
-        touched = tuple(number[members].tolist())
+        moving = set(members)
+        # Rows of other binds stay, so what two blocks have in them must be in the same rows, place by place.
+        staying = tuple(
+            tuple((which, row) for which, row, above in inside.get(member, ()) if above not in moving)
+            for member in members
+        )
         binding = tuple(which for which, _ in rows[parent])
-        families.setdefault((binding, pattern, touched), []).append(members)
+        key = (binding, pattern, tuple(number[members].tolist()), staying)
+        families.setdefault(key, []).append(members)
     groups = [family for family in families.values() if len(family) > 1]
     return Blocks(classes, frozenset(rows), groups)
 
@@ -77,14 +84,14 @@ def _rows(binds: Sequence[Bind], classes: np.ndarray, fixed: np.ndarray) -> Rows
 
 
 def _same_parents(rows: Rows, count: int) -> np.ndarray | None:
-    """A new class for each class, when two parents share a child and so are one; None when no two do."""
+    """A new class for each class, when two parents have the same row and so are one; None when no two have."""
     table = np.arange(count)
-    owner: dict[int, int] = {}
+    owner: dict[frozenset[int], int] = {}
     for parent, own in rows.items():
-        for child in {int(c) for _, row in own for c in np.unique(row) if c != NO_CHANNEL}:
-            other = _root(owner.setdefault(child, parent), table)
-            if other != _root(parent, table):
-                table[_root(parent, table)] = other
+        for _, row in own:
+            first = _root(owner.setdefault(frozenset(row.tolist()), parent), table)
+            if first != _root(parent, table):
+                table[_root(parent, table)] = first
     if (table == np.arange(count)).all():
         return None
     return np.array([_root(cls, table) for cls in range(count)])
@@ -94,6 +101,18 @@ def _root(cls: int, table: np.ndarray) -> int:
     while table[cls] != cls:
         cls = int(table[cls])
     return cls
+
+
+def _inside(rows: Rows) -> dict[int, list[tuple[int, int, int]]]:
+    """For each child class the rows it is in: the bind, the number of the row, and its parent."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    counts: dict[int, int] = {}
+    for parent, own in rows.items():
+        for which, row in own:
+            number = counts[which] = counts.get(which, -1) + 1
+            for child in dict.fromkeys(row.tolist()):
+                found.setdefault(child, []).append((which, number, parent))
+    return found
 
 
 def _block(parent: int, rows: Rows, fixed: np.ndarray, above: tuple[int, ...] = ()) -> list[int] | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as oir
 
 from onnxmerge.ir.normalise import infer_shapes
+from onnxmerge.ir.stored import renamed
 
 
 def cut_out(model: oir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> oir.Model:
@@ -30,7 +31,7 @@ def cut_out(model: oir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> 
 
 def _sort_initializers(graph: oir.Graph) -> None:
     """Put initializers in the order of their first use; extraction leaves them in that of a set, new in each run."""
-    read = dict.fromkeys(value for node in graph for value in node.inputs if value is not None)
+    read = dict.fromkeys(value for node in graph.all_nodes() for value in node.inputs if value is not None)
     ordered = {value.name or "": value for value in read if (value.name or "") in graph.initializers}
     graph.initializers.clear()
     graph.initializers.update(ordered)
@@ -53,25 +54,37 @@ def splice(target: oir.Graph, piece: oir.Graph, bind: Mapping[str, oir.Value], p
     piece.outputs.clear()
     for value in list(piece.inputs):
         value.replace_all_uses_with(bind[value.name or ""])
-    for initializer in list(piece.initializers.values()):
-        del piece.initializers[initializer.name or ""]
-        initializer.name = f"{prefix}{initializer.name}"
-        if initializer.const_value is not None:
-            initializer.const_value = _renamed(initializer)
-        target.register_initializer(initializer)
-    nodes = list(piece)
-    for node in nodes:
-        node.name = f"{prefix}{node.name}"
-        for value in node.outputs:
-            value.name = f"{prefix}{value.name}"
-    piece.remove(nodes)
-    target.extend(nodes)
+    piece.inputs.clear()
+    for initializer in piece.initializers.values():
+        if initializer.const_value is not None:  # clones share their arrays, and an array knows its name
+            initializer.const_value = renamed(initializer.const_value, initializer.name)
+    prefix_names(piece, prefix)
+    move(piece, target)
     return outputs
 
 
-def _renamed(initializer: oir.Value) -> oir.TensorProtocol:
-    assert initializer.const_value is not None
-    return oir.tensor(initializer.const_value.numpy(), name=initializer.name)
+def prefix_names(graph: oir.Graph, prefix: str) -> None:
+    """Put `prefix` before the name of every node, value and initializer, those of sub-graphs included, in place."""
+    values: dict[oir.Value, None] = {}
+    for scope in (graph, *graph.subgraphs()):
+        values |= dict.fromkeys([*scope.inputs, *scope.initializers.values()])
+        for node in scope:
+            node.name = f"{prefix}{node.name}"
+            values |= dict.fromkeys(node.outputs)
+    for value in values:
+        if value.name:  # an optional output that is left out has none
+            value.name = f"{prefix}{value.name}"
+
+
+def move(piece: oir.Graph, target: oir.Graph) -> None:
+    """Move nodes and initializers of `piece` to the end of `target`; their names must be new there."""
+    initializers = list(piece.initializers.values())
+    piece.initializers.clear()
+    for initializer in initializers:
+        target.register_initializer(initializer)
+    nodes = list(piece)
+    piece.remove(nodes)
+    target.extend(nodes)
 
 
 def rename_value(model: oir.Model, old: str, new: str) -> None:

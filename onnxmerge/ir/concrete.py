@@ -10,7 +10,7 @@ import onnx_ir as oir
 
 from onnxmerge.ir.fold_constants import fold_constants
 from onnxmerge.ir.labels import dims
-from onnxmerge.ir.normalise import infer_shapes
+from onnxmerge.ir.shapes import infer_shapes, shapes_agree
 from onnxmerge.ir.weights import is_float
 
 BATCH = 2
@@ -45,22 +45,27 @@ def _sized(model: oir.Model, size: int) -> oir.Model:
                     for axis, d in enumerate(value.shape)
                 ]
             )
-    for output in copy.graph.outputs:
+    if not settle(copy):
+        infer_shapes(copy)
+    return copy
+
+
+def settle(model: oir.Model) -> bool:
+    """Infer shapes and fold shape arithmetic in turns, in place; False when the sizes of the inputs contradict it."""
+    for output in model.graph.outputs:
         output.shape = None
     weights = {
-        name
-        for name, value in copy.graph.initializers.items()
-        if is_float(value) and math.prod(dims(value)) > 1  # type: ignore[arg-type]
+        name for name, value in model.graph.initializers.items() if is_float(value) and math.prod(value.shape) > 1
     }
     left = None
     for _ in range(_ROUNDS):
-        infer_shapes(copy)
-        fold_constants(copy, keep=weights)
-        unknown = _unknown(copy)
-        if unknown in (0, left):
+        if not shapes_agree(model):
+            return False
+        fold_constants(model, keep=weights)
+        if (unknown := _unknown(model)) in (0, left):
             break
         left = unknown
-    return copy
+    return True
 
 
 def _unknown(model: oir.Model) -> int:

@@ -1,28 +1,53 @@
 """Evaluate every node whose inputs are all constant, with onnx's reference implementation.
 
 Weights behind Transpose, Reshape or Cast become weights in final form, and shape arithmetic over known sizes becomes a
-constant that the label rules can read.
+constant that the label rules can read. What a node makes is known before it is evaluated: its type and shape come from
+onnx, and what would be too large stays a node.
 """
 
-from collections.abc import Container
+import math
+from collections.abc import Container, Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as oir
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops import load_op
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
-_LIMIT_BYTES = 1 << 28  # a folded constant is stored: do not turn a small Expand into a huge weight
+_DATA_DEPENDENT = {"NonZero", "Compress", "Unique"}
+"""Their sizes depend on the data, but they make little more than they read."""
+_FIRST_VERSION = {"DequantizeLinear": 19}
+"""The first opset for which onnx can evaluate these; older nodes mean the same there."""
+_SLOW = {
+    *("Conv", "ConvInteger", "ConvTranspose", "DeformConv", "QLinearConv", "Col2Im", "LRN", "Attention", "Einsum"),
+    *("AveragePool", "LpPool", "MaxPool", "MaxRoiPool", "MaxUnpool", "RoiAlign", "NonMaxSuppression"),
+    *("Resize", "Upsample", "GridSample", "DFT", "STFT", "LSTM", "GRU", "RNN", "ReverseSequence"),
+    *("Scatter", "ScatterElements", "ScatterND", "GatherND"),
+}
+"""onnx evaluates these one element at a time."""
+_SLOW_LIMIT = 1 << 16
+"""Elements that a slow operator may read and make."""
+_LIMIT_BYTES = 1 << 28
+_GROWTH = 8
+"""All folded constants together may take `_LIMIT_BYTES` and this many times what the model stores (int4 to float32)."""
+_SHAPE_LIKE = 1024
+"""Arrays of up to so many elements may be sizes, bounds or axes, on which the shape of an output depends."""
 
 
 def fold_constants(model: oir.Model, keep: Container[str] = ()) -> None:
     """Replace constant nodes by initializers, in place; nodes that read an initializer in `keep` stay."""
     graph = model.graph
     outputs = set(graph.outputs)
+    opset = model.opset_imports.get("", 1)
+    budget = _LIMIT_BYTES + _GROWTH * sum(
+        v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None
+    )
     for node in list(graph):
-        arrays = _evaluate(node, model.opset_imports.get("", 1)) if _foldable(node, outputs, keep) else None
+        arrays = _evaluate(node, opset, budget) if _foldable(node, outputs, keep) else None
         if arrays is None:
             continue
+        budget -= sum(array.nbytes for array in arrays)
         for value, array in zip(node.outputs, arrays, strict=True):
             name = value.name or ""
             value.name = f"{name}__computed"
@@ -32,7 +57,18 @@ def fold_constants(model: oir.Model, keep: Container[str] = ()) -> None:
             )
             graph.register_initializer(constant)
             value.replace_all_uses_with(constant)
+        sources = [value for value in node.inputs if value is not None]
         graph.remove(node, safe=True)
+        _drop_unread(graph, sources)
+
+
+def _drop_unread(graph: oir.Graph, values: Sequence[oir.Value]) -> None:
+    """Remove the initializers among `values` that nothing reads any more; a chain then holds one copy of a weight."""
+    for value in values:
+        name = value.name or ""
+        is_read = value.uses() or value.is_graph_output() or value.is_graph_input()
+        if graph.initializers.get(name) is value and not is_read:
+            del graph.initializers[name]
 
 
 def _foldable(node: oir.Node, graph_outputs: set[oir.Value], keep: Container[str]) -> bool:
@@ -46,20 +82,73 @@ def _foldable(node: oir.Node, graph_outputs: set[oir.Value], keep: Container[str
     return all(v is None or (v.const_value is not None and v.name not in keep) for v in node.inputs)
 
 
-def _evaluate(node: oir.Node, opset: int) -> list[np.ndarray] | None:
-    """The outputs of a constant node, or None where the reference implementation has no answer."""
+def _evaluate(node: oir.Node, opset: int, budget: int = _LIMIT_BYTES) -> list[np.ndarray] | None:
+    """The outputs of a constant node, or None where onnx has no answer or they take more than `budget` bytes."""
     if node.op_type == "Shape":
         whole = np.array(list(node.inputs[0].shape), dtype=np.int64)  # type: ignore[union-attr, arg-type]
         start = node.attributes["start"].as_int() if "start" in node.attributes else 0
         end = node.attributes["end"].as_int() if "end" in node.attributes else len(whole)
         return [whole[start:end]]
-    proto = oir.serde.serialize_node(node)
-    feeds = [None if v is None else v.const_value.numpy() for v in node.inputs]  # type: ignore[union-attr]
+    proto = _with_plain_names(node)
     try:
-        operator: type[OpRun] = load_op("", node.op_type, opset)
+        expected = _expected(node, proto, opset)
+        if expected is None or sum(_bytes(shape, dtype) for shape, dtype in expected) > budget:
+            return None
+        feeds = [None if v is None else v.const_value.numpy() for v in node.inputs]  # type: ignore[union-attr]
+        operator: type[OpRun] = load_op("", node.op_type, max(opset, _FIRST_VERSION.get(node.op_type, 0)))
         context = {"log": lambda *_: None, "opsets": {"": opset}, "verbose": 0, "new_ops": None}
-        results = operator(proto, context).run(*feeds)
-    except (ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        with np.errstate(all="ignore"):
+            results = operator(proto, context).run(*feeds)
+            arrays = [np.asarray(r).astype(t, copy=False) for r, (_, t) in zip(results, expected, strict=True)]
+    except Exception:  # the reference implementation and onnx's shape inference raise many kinds
         return None
-    arrays = [np.asarray(r) for r in results]
-    return arrays if sum(a.nbytes for a in arrays) <= _LIMIT_BYTES else None
+    return arrays if all(_fits(a.shape, shape) for a, (shape, _) in zip(arrays, expected, strict=True)) else None
+
+
+def _with_plain_names(node: oir.Node) -> onnx.NodeProto:
+    """The node alone; its inputs are called i0, i1, ... and its outputs o0, o1, ..."""
+    proto = oir.serde.serialize_node(node)
+    proto.ClearField("input")
+    proto.ClearField("output")
+    proto.input.extend("" if value is None else f"i{index}" for index, value in enumerate(node.inputs))
+    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
+    return proto
+
+
+_Expected = tuple[tuple[int | None, ...], np.dtype]
+"""Shape (None where it depends on the data) and element type of an output."""
+
+
+def _expected(node: oir.Node, proto: onnx.NodeProto, opset: int) -> list[_Expected] | None:
+    """What onnx infers of the outputs of a constant node; None where that does not bound their size."""
+    tensors = {
+        name: value.const_value
+        for name, value in zip(proto.input, node.inputs, strict=True)
+        if value is not None and value.const_value is not None
+    }
+    types = {
+        name: onnx.helper.make_tensor_type_proto(tensor.dtype.value, list(tensor.shape.numpy()))
+        for name, tensor in tensors.items()
+    }
+    data = {name: oir.serde.serialize_tensor(t) for name, t in tensors.items() if t.size <= _SHAPE_LIKE}
+    schema, imports = onnx.defs.get_schema(node.op_type, opset), [onnx.helper.make_opsetid("", opset)]
+    inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
+    expected: list[_Expected] = []
+    for name in proto.output:
+        made = inferred[name].tensor_type
+        shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in made.shape.dim)
+        known = made.HasField("shape") and None not in shape
+        if made.elem_type == onnx.TensorProto.STRING or not (known or node.op_type in _DATA_DEPENDENT):
+            return None
+        expected.append((shape, oir.DataType(made.elem_type).numpy()))
+    elements = sum(tensor.size for tensor in tensors.values()) + sum(_bytes(s, np.dtype(np.int8)) for s, _ in expected)
+    return None if node.op_type in _SLOW and elements > _SLOW_LIMIT else expected
+
+
+def _bytes(shape: tuple[int | None, ...], dtype: np.dtype) -> int:
+    """A lower bound where a size is not known."""
+    return math.prod(size for size in shape if size is not None) * dtype.itemsize
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(e is None or e == s for s, e in zip(shape, expected, strict=True))

@@ -132,26 +132,46 @@ class Trace:
         self.bind(parents, label.transpose(order).reshape(parents.size, -1))
         return parents.reshape(kept)
 
-    def combine(self, node: oir.Node, labels: Sequence[np.ndarray]) -> np.ndarray:
-        """The label of an operator that acts on each index alone, from its operands' labels of equal rank.
+    def combine(self, node: oir.Node, operands: Sequence[tuple[np.ndarray, Sequence[int]]]) -> np.ndarray:
+        """The label of an operator that acts on each index alone, from the labels and sizes of its operands.
 
-        Where one operand varies along fewer axes, each of its channels moves together with the channels it meets. One
-        that varies along others keeps its order: no single array of atoms could tell both.
+        Operands have one rank. Where one varies along fewer axes, each of its channels moves together with the channels
+        it meets. One that varies along a channel axis without carrying channels there fixes their order.
         """
-        whole = max(labels, key=np.size)
+        whole = max((label for label, _ in operands), key=np.size)
         varying = channel_axes(whole)
-        for label in labels:  # the first channel on each position stands for all
+        for label, _ in operands:  # the first channel on each position stands for all
             if channel_axes(label) == varying:
                 whole = np.where(whole == NO_CHANNEL, label, whole)
-        for label in labels:
+        for label, sizes in operands:
             own = channel_axes(label)
-            if own == varying:
+            unlabelled = [axis for axis in varying if axis not in own and sizes[axis] > 1]
+            if unlabelled:
+                self.freeze(node, "a channel axis meets a tensor that carries no channels there", label)
+                self.keep_order(node, whole, unlabelled)
+            elif own == varying:
                 self.unite(label, whole)
             elif not set(own) <= set(varying):
                 self.freeze(node, "its operands carry channels along different axes", label)
             elif own:  # a single channel spread over many is none of them
                 self.bind(label, _rows(whole, own))
         return whole
+
+    def keep_order(self, node: oir.Node, label: np.ndarray, axes: Sequence[int]) -> None:
+        """Fix the order of `label` along `axes`; along its other axes channels stay free within each index of these."""
+        if set(channel_axes(label)) <= set(axes):
+            self.freeze(node, "a channel axis meets a tensor that carries no channels there", label)
+            return
+        parents = self.fresh(int(np.prod([label.shape[axis] for axis in axes])))
+        self.freeze(node, "blocks of channels meet a tensor that carries no channels there", parents)
+        self.bind(parents, _rows(label, axes))
+
+    def united(self, label: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """`label` of size 1 along `axes`, what varied along them being one channel from now on."""
+        for axis in axes:
+            self.unite(label, label.take([0], axis))
+            label = label.take([0], axis)
+        return label
 
     def use_partly(self, constant: oir.Value, axes: Sequence[int], whole: np.ndarray, own: Sequence[int]) -> None:
         """Record that axes `axes` of `constant` vary with the axes `own` of the label `whole`, and with no other."""

@@ -2,28 +2,35 @@
 
 After `normalise`: functions are inlined; constants are initializers and every constant sub-expression is folded into
 one; initializers are no graph inputs; the opset is at least `OPSET`; the batch axis is symbolic where the graph allows
-it; every array has exactly one reader; names are unique; shapes are inferred.
+it; every array has exactly one reader; names are unique; shapes are inferred. Bodies of If, Loop and Scan and operators
+of other domains stay as they are, but for the opset and the names. So do metadata, documentation and the names of
+inputs and outputs.
 """
 
 import logging
+import math
 
 import numpy as np
-import onnx
 import onnx_ir as oir
 from onnx_ir.passes import common
 
 from onnxmerge.errors import ModelError
+from onnxmerge.ir.concrete import settle
 from onnxmerge.ir.fold_constants import fold_constants
 from onnxmerge.ir.labels import dims
+from onnxmerge.ir.lift_constants import lift_constants
+from onnxmerge.ir.opset import raise_opset
+from onnxmerge.ir.shapes import infer_shapes
 from onnxmerge.ir.weights import add_initializer
 
 OPSET = 18
 """The lowest opset the rest of the tool has to know: from here on axes of reductions are inputs."""
-_OLDEST_OPSET = 7
 _MIN_IR_VERSION = 8
 _BATCH = "N"
+_MOST_ELEMENTS = 1 << 31
+"""No value of a network that runs has more; made-up sizes do."""
 
-# onnx-ir announces at length that the C++ converter does the conversion; the user did not ask.
+# onnx-ir warns at length of what it repairs; the user did not ask.
 logging.getLogger("onnx_ir").setLevel(logging.ERROR)
 
 
@@ -31,65 +38,62 @@ def normalise(model: oir.Model) -> oir.Model:
     """The normal form of `model`; the argument is used up.
 
     Raises:
-        ModelError: the opset cannot be converted.
+        ModelError: a node cannot be brought to the opset, a function cannot be inlined, or a value is too large.
     """
-    common.InlinePass()(model)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.RemoveInitializersFromInputsPass()(model)
+    lift_constants(model.graph)
+    _remove_initializers_from_inputs(model.graph)
     model.ir_version = max(model.ir_version or 0, _MIN_IR_VERSION)
-    model = raise_opset(model, OPSET)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    infer_shapes(model)  # old operators are converted by the types and shapes of what they read
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    raise_opset(model, max(OPSET, *(graph.opset_imports.get("", 0) for graph in graphs)))
+    _inline_functions(model)
     common.NameFixPass()(model)
+    lift_constants(model.graph)
     free_batch(model)
     infer_shapes(model)
     fold_constants(model)
-    common.IdentityEliminationPass()(model)
+    _remove_identities(model.graph)
     common.RemoveUnusedNodesPass()(model)
     untie(model)
     infer_shapes(model)
+    _check_sizes(model)
     return model
 
 
-def raise_opset(model: oir.Model, opset: int) -> oir.Model:
-    """Convert to `opset` with onnx's own converter; newer models stay as they are.
+def _remove_initializers_from_inputs(graph: oir.Graph) -> None:
+    """Before IR version 4 every initializer was a graph input too."""
+    kept = [value for value in graph.inputs if value.name not in graph.initializers]
+    graph.inputs.clear()
+    graph.inputs.extend(kept)
 
-    Raises:
-        ModelError: the opset is too old, or an operator cannot be converted.
-    """
-    version = model.opset_imports.get("", opset)
-    if version >= opset:
-        return model
-    if version < _OLDEST_OPSET:
-        raise ModelError(
-            f"opset {version} is too old ({_OLDEST_OPSET} is the lowest); export it again with a current exporter"
-        )
+
+def _inline_functions(model: oir.Model) -> None:
     try:
-        converted = onnx.version_converter.convert_version(oir.to_proto(model), opset)
+        common.InlinePass()(model)
     except Exception as error:
-        raise ModelError(f"cannot be converted from opset {version} to {opset}: {_last_line(error)}") from error
-    result = oir.from_proto(converted)
-    result.metadata_props.update(model.metadata_props)
-    return result
+        raise ModelError(f"a function cannot be inlined: {_root_cause(error)}") from error
 
 
-def infer_shapes(model: oir.Model) -> None:
-    """Infer every shape afresh; stale ones are dropped first.
-
-    Where onnx sees a contradiction, what lies behind it stays without a shape, so that its channels keep their order:
-    onnxruntime, which is less strict, has the last word on whether such a model runs.
-    """
-    if not _infer(model, strict=True):
-        _infer(model, strict=False)
+def _check_sizes(model: oir.Model) -> None:
+    for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
+        if math.prod(size for size in dims(value) if size is not None) > _MOST_ELEMENTS:
+            raise ModelError(f"the value {value.name!r} of shape {list(dims(value))} is too large for any machine")
 
 
-def _infer(model: oir.Model, *, strict: bool) -> bool:
-    """Whether shapes were found; in strict mode one contradiction leaves all values without."""
-    outputs = set(model.graph.outputs)
-    computed = [value for node in model.graph for value in node.outputs if value not in outputs]
-    for value in computed:
-        value.shape = None
-    common.ShapeInferencePass(check_type=strict, strict_mode=strict, data_prop=True)(model)
-    return not computed or any(value.shape is not None for value in computed)
+def _remove_identities(graph: oir.Graph) -> None:
+    """Let what reads an Identity read its source. An output of the graph keeps its name, whoever makes it."""
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "Identity" and node.domain == "" else None
+        if source is None:
+            continue
+        made = node.outputs[0]
+        if made.is_graph_output():
+            if source.producer() is None or source.is_graph_output():
+                continue
+            name, made.name = made.name, f"{made.name}__removed"
+            source.name = name
+        made.replace_all_uses_with(source, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def free_batch(model: oir.Model) -> None:
@@ -110,8 +114,9 @@ def free_batch(model: oir.Model) -> None:
 def _follows(model: oir.Model, fixed: int, size: int) -> bool:
     trial = model.clone()
     _set_batch(trial, fixed, size)
-    _infer(trial, strict=True)
-    return all(o.shape is not None and len(o.shape) > 0 and o.shape[0] == size for o in trial.graph.outputs)
+    return settle(trial) and all(
+        o.shape is not None and len(o.shape) > 0 and o.shape[0] == size for o in trial.graph.outputs
+    )
 
 
 def _set_batch(model: oir.Model, fixed: int, batch: int | str) -> None:
@@ -151,8 +156,8 @@ def untie(model: oir.Model) -> None:
             node.replace_input_with(index, copy)
 
 
-def _last_line(error: BaseException) -> str:
-    root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    return str(root).strip().splitlines()[-1] if str(root).strip() else type(root).__name__
+def _root_cause(error: BaseException) -> str:
+    """The last line of the error that `error` began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.labels import Trace, aligned, carries, dims
+from onnxmerge.ir.labels import Trace, aligned, carries, dims, no_channels
 from onnxmerge.ir.rules.contraction import Factor, contract
 from onnxmerge.ir.rules.elementwise import broadcast
 from onnxmerge.ir.rules.registry import integer, optional, required, rule
@@ -36,35 +36,42 @@ def attention(node: oir.Node, trace: Trace) -> None:
         trace.freeze(node, "with a cache of past keys and values", *labels)
         return
     flat = len(dims(values[0])) == 3
-    counts = [integer(node, name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
-    heads = [_by_head(x, label, n) if flat else label for x, label, n in zip(values, labels, counts, strict=True)]
-    readers = counts[0] if flat else int(dims(values[0])[1] or 0)
-    keys, own = (_repeated(label, readers) for label in heads[1:])
-    scores = contract(node, trace, Factor(heads[0], "bhqd"), Factor(keys, "bhkd"), "bhqk")
-    mask = optional(node, 3)
+    readers = integer(node, "q_num_heads", 0) if flat else _sizes(values[0])[1]
+    counts = [readers, *[integer(node, "kv_num_heads", 0)] * 2]
+    query, key, own = (
+        _by_head(value, label, count, readers, indices)
+        for value, label, count, indices in zip(values, labels, counts, ("bhqd", "bhkd", "bhkd"), strict=True)
+    )
+    scores = contract(node, trace, query, key, "bhqk")
     if scores is None:
         return
+    sizes = [query.size("b"), readers, query.size("q"), key.size("k")]
+    mask = optional(node, 3)
     if mask is not None:
-        scores = trace.combine(node, [scores, aligned(trace.label(mask), 4)])
-    mixed = contract(node, trace, Factor(scores, "bhqk"), Factor(own, "bhkd"), "bhqd")
-    if mixed is not None and carries(mixed):
-        trace.set_label(node.outputs[0], _side_by_side(mixed, readers) if flat else mixed)
+        given = [1] * (4 - len(dims(mask))) + _sizes(mask)
+        scores = trace.combine(node, [(scores, sizes), (aligned(trace.label(mask), 4), given)])
+    mixed = contract(node, trace, Factor(scores, "bhqk", sizes), own, "bhqd")
+    if mixed is None or not carries(mixed):
+        return
+    if flat:
+        mixed = np.broadcast_to(mixed, (1, readers, 1, mixed.shape[3])).reshape(1, 1, -1)
+    trace.set_label(node.outputs[0], mixed)
 
 
-def _by_head(value: oir.Value, label: np.ndarray, heads: int) -> np.ndarray:
-    """[1, heads, 1, width] from a label of the last axis."""
-    if not carries(label):
-        return np.full((1, 1, 1, 1), -1)
-    width = int(dims(value)[2] or 0)
-    return np.broadcast_to(label, (1, 1, width)).reshape(1, heads, 1, width // heads)
+def _by_head(value: oir.Value, label: np.ndarray, heads: int, readers: int, indices: str) -> Factor:
+    """[batch, heads, tokens, width]: split into `heads`, each of them once for each of the `readers` that read it."""
+    sizes = _sizes(value)
+    if len(sizes) == 3:
+        batch, tokens, width = sizes
+        sizes = [batch, heads, tokens, width // heads]
+        if carries(label):
+            label = np.broadcast_to(label, (1, 1, width)).reshape(1, heads, 1, width // heads)
+        else:
+            label = no_channels(4)
+    if label.shape[1] not in (1, readers):
+        label = np.repeat(label, readers // label.shape[1], axis=1)
+    return Factor(label, indices, [sizes[0], readers, *sizes[2:]])
 
 
-def _repeated(label: np.ndarray, heads: int) -> np.ndarray:
-    """Keys or values that several heads of queries read, once for each."""
-    count = label.shape[1]
-    return label if count in (1, heads) else np.repeat(label, heads // count, axis=1)
-
-
-def _side_by_side(label: np.ndarray, heads: int) -> np.ndarray:
-    """[1, 1, heads * width] from [1, heads, 1, width]."""
-    return np.broadcast_to(label, (1, heads, 1, label.shape[3])).reshape(1, 1, -1)
+def _sizes(value: oir.Value) -> list[int]:
+    return [int(size or 0) for size in dims(value)]

@@ -6,6 +6,7 @@ summed over: there the channels of both are the same. A weight makes fresh chann
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import onnx_ir as oir
@@ -17,11 +18,20 @@ Index = str
 
 @dataclass(frozen=True)
 class Factor:
-    """An operand: its label, the index of each axis, and the value (None for what exists only inside an operator)."""
+    """An operand: its label, the index of each axis, and the size of each index."""
 
     label: np.ndarray
     indices: Sequence[Index]
-    value: oir.Value | None = None
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, value: oir.Value, label: np.ndarray, indices: Sequence[Index]) -> Self:
+        """The factor `value`."""
+        return cls(label, indices, [int(size or 0) for size in dims(value)])
+
+    def size(self, index: Index) -> int:
+        """Size of an index; 1 for one that it has not."""
+        return self.sizes[list(self.indices).index(index)] if index in self.indices else 1
 
     def axes(self, indices: Sequence[Index]) -> list[int]:
         """The axes that go by `indices`."""
@@ -35,44 +45,37 @@ class Factor:
         return moved.reshape([moved.shape[own.index(index)] if index in own else 1 for index in order])
 
 
-def contract_weight(node: oir.Node, trace: Trace, data: Factor, weight: Factor, result: Sequence[Index]) -> np.ndarray:
-    """The label of data times a weight.
+def contract_weight(
+    trace: Trace, data: Factor, weight: oir.Value, indices: Sequence[Index], result: Sequence[Index]
+) -> np.ndarray:
+    """The label of data times a weight whose axes go by `indices`.
 
     The weight's axes that it shares with the data read channels, the others make them. Channels that the weight does
     not touch pass, and then what it makes keeps its order: one atom cannot stand for a pair of channels.
     """
-    assert weight.value is not None
-    shared = [index for index in weight.indices if index in data.indices]
+    own = Factor.of(weight, data.label, indices)
+    shared = [index for index in indices if index in data.indices]
     each = [index for index in shared if index in result]  # one matrix for each
-    passing = [index for index in data.indices if index not in weight.indices]
-    made = [index for index in weight.indices if index not in data.indices]
-    label = data.label
-    passes = any(label.shape[axis] > 1 for axis in data.axes(passing))
-    reads = any(label.shape[axis] > 1 for axis in data.axes(shared)) or (carries(label) and not passes)
+    passing = data.axes([index for index in data.indices if index not in indices])
+    passes = any(data.label.shape[axis] > 1 for axis in passing)
+    reads = any(data.label.shape[axis] > 1 for axis in data.axes(shared)) or (carries(data.label) and not passes)
     if passes and not reads:
         return data.arranged(result, trace)
-    for axis in data.axes(passing):  # all of them meet the same weight
-        trace.unite(label, label.take([0], axis))
-        label = label.take([0], axis)
-    met = Factor(label, data.indices)
+    met = Factor(trace.united(data.label, passing), data.indices, data.sizes)  # all of them meet the same weight
     if reads:
-        sizes = [size if i in shared else 1 for i, size in zip(weight.indices, _sizes(weight.value), strict=True)]
-        read = np.broadcast_to(met.arranged(weight.indices, trace), sizes)
-        trace.use(weight.value, weight.axes(shared), read)
-    count = dict(zip(weight.indices, _sizes(weight.value), strict=True))
-    kept = [*each, *made]
-    shape = [count[index] for index in kept]
+        read = np.broadcast_to(met.arranged(shared, trace), [own.size(index) for index in shared])
+        trace.use(weight, own.axes(shared), read)
+    kept = [*each, *(index for index in indices if index not in data.indices)]
+    shape = [own.size(index) for index in kept]
     fresh = trace.fresh(int(np.prod(shape))).reshape(shape)
-    trace.use(weight.value, weight.axes(kept), fresh)
+    trace.use(weight, own.axes(kept), fresh)
     if each:
-        rows = int(np.prod(shape[: len(each)]))
-        parents = trace.fresh(rows)
-        trace.bind(parents, fresh.reshape(rows, -1))
+        parents = trace.fresh(int(np.prod(shape[: len(each)])))
+        trace.bind(parents, fresh)
+        order = [*each, *(index for index in shared if index not in each)]
         if reads:
-            order = [*each, *(index for index in shared if index not in each)]
-            read = np.broadcast_to(met.arranged(order, trace), [count[i] for i in order])
-            trace.bind(parents, read.reshape(rows, -1))
-    return Factor(fresh, kept).arranged(result, trace)
+            trace.bind(parents, np.broadcast_to(met.arranged(order, trace), [own.size(index) for index in order]))
+    return Factor(fresh, kept, shape).arranged(result, trace)
 
 
 def contract(node: oir.Node, trace: Trace, left: Factor, right: Factor, result: Sequence[Index]) -> np.ndarray | None:
@@ -84,17 +87,13 @@ def contract(node: oir.Node, trace: Trace, left: Factor, right: Factor, result: 
     if not carries(left.label) and not carries(right.label):
         return np.full((1,) * len(result), -1)
     everything = list(dict.fromkeys([*left.indices, *right.indices]))
-    summed = [index for index in everything if index not in result]
+    summed = [axis for axis, index in enumerate(everything) if index not in result]
     both = [factor.arranged(everything, trace) for factor in (left, right)]
-    axes = [everything.index(index) for index in summed]
-    if any(both[0].shape[axis] != both[1].shape[axis] for axis in axes):
+    if any(both[0].shape[axis] != both[1].shape[axis] for axis in summed):
         trace.freeze(node, "it sums channels times a tensor that carries no channels there", left.label, right.label)
         return None
-    if any(both[0].shape[axis] > 1 for axis in axes):
+    if any(both[0].shape[axis] > 1 for axis in summed):
         trace.unite(*both)
-    whole = trace.combine(node, [trace.together(label, axes) for label in both])
-    return Factor(whole, everything).arranged(result, trace)
-
-
-def _sizes(value: oir.Value) -> list[int]:
-    return [int(size or 0) for size in dims(value)]
+    sizes = [[factor.size(index) if index in result else 1 for index in everything] for factor in (left, right)]
+    whole = trace.combine(node, [(trace.together(label, summed), own) for label, own in zip(both, sizes, strict=True)])
+    return Factor(whole, everything, sizes[0]).arranged(result, trace)

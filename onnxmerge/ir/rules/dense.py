@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.labels import Trace, carries, dims
+from onnxmerge.ir.labels import Trace, dims
 from onnxmerge.ir.rules.contraction import Factor, Index, contract, contract_weight
 from onnxmerge.ir.rules.elementwise import broadcast
 from onnxmerge.ir.rules.registry import integer, is_constant, optional, required, rule
@@ -51,7 +51,7 @@ def einsum(node: oir.Node, trace: Trace) -> None:
         trace.freeze(node, "only equations of one or two operands without repeated indices are read", *labels)
     elif len(operands) == 1:
         summed = [axis for axis, index in enumerate(terms[0]) if index not in result]
-        kept = Factor(trace.together(labels[0], summed), terms[0])
+        kept = Factor.of(operands[0], trace.together(labels[0], summed), terms[0])
         trace.set_label(node.outputs[0], kept.arranged(result, trace))
     else:
         label = _product(node, trace, operands[0], terms[0], operands[1], terms[1], result)
@@ -68,16 +68,15 @@ def _product(
     of_right: Sequence[Index],
     result: Sequence[Index],
 ) -> np.ndarray | None:
-    a = Factor(trace.label(left), of_left, left)
-    b = Factor(trace.label(right), of_right, right)
+    a = Factor.of(left, trace.label(left), of_left)
+    b = Factor.of(right, trace.label(right), of_right)
     if is_constant(left) == is_constant(right):
         return contract(node, trace, a, b, result)
-    data, weight = (b, a) if is_constant(left) else (a, b)
-    alone = [index for index in weight.indices if index not in data.indices and index not in result]
-    if alone and carries(data.label):
+    data, weight, own = (b, left, of_left) if is_constant(left) else (a, right, of_right)
+    if any(index not in data.indices and index not in result for index in own):
         trace.freeze(node, "its weight is summed over an index that the data do not have", data.label)
         return None
-    return contract_weight(node, trace, data, weight, result)
+    return contract_weight(trace, data, weight, own, result)
 
 
 def _terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[Index]], list[Index]]:

@@ -33,22 +33,25 @@ def broadcast(node: oir.Node, trace: Trace, operands: Sequence[Operand], output:
     """Label `output`, which numpy broadcasting makes of the operands; weights get slots on the channel axes.
 
     An operand that varies along a channel axis but carries no channels there (a graph input, a position table computed
-    at run time) fixes the order.
+    at run time) fixes the order along it.
     """
     rank = max(len(dims(value)) for _, value in operands)
     labels = [aligned(label, rank) for label, _ in operands]
     if not any(carries(label) for label in labels):
         return
-    whole = trace.combine(node, labels)
+    axes = channel_axes(max(labels, key=np.size))
+    computed: list[tuple[np.ndarray, Sequence[int]]] = []
+    weights: list[tuple[oir.Value, list[int], list[int]]] = []
     for label, (_, value) in zip(labels, operands, strict=True):
-        sizes = (1,) * (rank - len(dims(value))) + dims(value)
-        spread = [axis for axis in channel_axes(whole) if sizes[axis] != 1 and label.shape[axis] == 1]
-        if not spread:
-            continue
+        sizes = [1] * (rank - len(dims(value))) + [int(size or 0) for size in dims(value)]
+        spread = [axis for axis in axes if sizes[axis] > 1]
         sources = [source_axis(value, axis - (rank - len(dims(value)))) for axis in spread]
         found = [source for source in sources if source is not None]
         if carries(label) or len(found) < len(spread):
-            trace.freeze(node, "a channel axis meets a tensor that carries no channels there", *labels)
-            return
-        trace.use_partly(found[0][0], [axis for _, axis in found], whole, spread)
+            computed.append((label, sizes))
+        elif spread:
+            weights.append((found[0][0], [axis for _, axis in found], spread))
+    whole = trace.combine(node, computed)
+    for weight, own, spread in weights:
+        trace.use_partly(weight, own, whole, spread)
     trace.set_label(output, whole)

@@ -1,0 +1,98 @@
+"""extract: one task back out of a merged model."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as oir
+from onnx_ir.passes import common
+
+from onnxmerge.errors import UsageError
+from onnxmerge.ir.load import read
+from onnxmerge.ir.reach import remove_unneeded
+from onnxmerge.ir.save import save
+from onnxmerge.ir.stored import is_external
+from onnxmerge.methods.pack import claim_file
+from onnxmerge.passes.merge_identical_nodes import MergeIdenticalNodes
+from onnxmerge.report.provenance import library_versions, sha256
+
+_TEXTS = ("doc_string", "graph_doc_string")
+
+
+def extract_task(
+    merged: str | os.PathLike[str],
+    task: str,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> oir.Model:
+    """Write what computes the outputs `TASK/...` of a merged model to `output`, under the task's own names.
+
+    Inputs, outputs and metadata get the names that they had in the original; nodes and weights keep those of the
+    merged model. What other tasks alone need is left out.
+
+    Args:
+        merged: what `pack` or `zip` wrote.
+        task: one of its tasks.
+        output: the `.onnx` file; weights go beside it when those of `merged` lie beside it.
+        overwrite: replace the files of an earlier run.
+
+    Returns:
+        The extracted model.
+
+    Raises:
+        UsageError: there is no such file or task, or the output exists.
+        ModelError: the model cannot be read.
+    """
+    target = claim_file(output, overwrite=overwrite)
+    model = read(merged)
+    beside = is_external(model)
+    graph = model.graph
+    own = [value for value in graph.outputs if (value.name or "").startswith(f"{task}/")]
+    if not own:
+        tasks = dict.fromkeys(name.split("/")[0] for v in graph.outputs if "/" in (name := v.name or ""))
+        raise UsageError(f"{merged}: {_unknown(task, list(tasks))}")
+    graph.outputs.clear()
+    graph.outputs.extend(own)
+    remove_unneeded(model)
+    _restore_inputs(graph, task, model.metadata_props)
+    for value in own:
+        value.name = (value.name or "").removeprefix(f"{task}/")
+    MergeIdenticalNodes()(model)
+    common.NameFixPass()(model)
+    _restore_metadata(model, task, Path(merged))
+    save(model, target, beside=beside)
+    return model
+
+
+def _unknown(task: str, tasks: list[str]) -> str:
+    if not tasks:
+        return "is no merged model: its outputs are not called TASK/output"
+    return f"has no task {task!r}; its tasks are {', '.join(tasks)}"
+
+
+def _restore_inputs(graph: oir.Graph, task: str, metadata: Mapping[str, str]) -> None:
+    """Keep the inputs that the task had, or reads, and give them their own names again."""
+    try:
+        original = json.loads(metadata["onnxmerge.recipe"])["inputs"][task]
+    except (KeyError, TypeError, ValueError):  # zip keeps no names of inputs: they are the first network's
+        original = {(v.name or "").removeprefix(f"{task}/"): v.name or "" for v in graph.inputs if v.uses()}
+    present = {value.name or "": value for value in graph.inputs}
+    kept = {name: present[called] for name, called in original.items() if called in present}
+    graph.inputs.clear()
+    graph.inputs.extend(dict.fromkeys(kept.values()))
+    for name, value in kept.items():
+        value.name = name
+
+
+def _restore_metadata(model: oir.Model, task: str, merged: Path) -> None:
+    """The task's own metadata and texts, and where it was taken from."""
+    prefix = f"{task}/"
+    own = {key.removeprefix(prefix): text for key, text in model.metadata_props.items() if key.startswith(prefix)}
+    model.doc_string, model.graph.doc_string = (own.pop(key, None) for key in _TEXTS)
+    model.metadata_props.clear()
+    model.metadata_props.update(own)
+    model.metadata_props["onnxmerge.extracted"] = json.dumps(
+        {"task": task, "from": sha256(merged), "version": library_versions().get("onnxmerge", "")}, sort_keys=True
+    )
