@@ -59,10 +59,10 @@ def _exported(name: str, exporter: str, opset: int) -> list[object]:
 def _judge(path: Path, feeds: dict[str, np.ndarray] | None) -> list[object]:
     """Spaces, share, error of the law, error of the normal form, frozen operators; or why there are none."""
     try:
+        model = load(path)
         session = open_session(path, threads=1)
         feeds = random_feeds(session) if feeds is None else feeds
         expected = run(session, feeds)
-        model = load(path)
         spaces = find_spaces(model)
         share = permutable_share(model, spaces)
         result = check_spaces(model, spaces, seed=0, threads=1)
@@ -71,7 +71,7 @@ def _judge(path: Path, feeds: dict[str, np.ndarray] | None) -> list[object]:
         loaded = run(open_session(normal, threads=1), feeds)
         normal.unlink()
     except OnnxMergeError as error:
-        return [*[""] * 4, f"refused: {error}"]
+        return [*[""] * 4, "refused: " + str(error).removeprefix(f"{path}: ")]
     drift = max(float(np.abs(loaded[key] - expected[key]).max() / np.abs(expected[key]).max()) for key in expected)
     law = f"{result.max_relative_error:.1e}" + ("" if result.passed else f" FAILED ({result.worst_space})")
     return [len(spaces.permutable()), f"{share:.1%}", law, f"{drift:.1e}", _frozen(spaces)]

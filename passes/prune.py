@@ -59,10 +59,14 @@ class Prune(oir.passes.FunctionalPass):
         _forbid_mixing(model, values)
         grouped = _prune_groups(pruned, values)
         slots = ((slots, own) for s, own in dropped for slots in s.weights if slots.name not in grouped)
-        for name, kept in _by_axis(model, _masks(slots, sizes), sizes).items():
+        for name, masks in _by_axis(model, _masks(slots, sizes), sizes).items():
             value = pruned.graph.initializers[name]
-            set_array(value, _shrink(get_array(value), kept))
+            set_array(value, _shrink(get_array(value), masks))
         resize_constants(pruned, {name: _maps(kept) for name, kept in values.items()}, sizes)
+        for output in pruned.graph.outputs:  # an open one shrinks, and its declared shape with it
+            kept = values.get(output.name or "", {})
+            if output.shape is not None:
+                output.shape = oir.Shape([int(kept[a].sum()) if a in kept else d for a, d in enumerate(output.shape)])
         infer_shapes(pruned)
         outputs = {output.name or "" for output in model.graph.outputs}
         opened = frozenset(s.name for space in self.spaces.values() for s in space.values if s.name in outputs)

@@ -166,7 +166,7 @@ def _slice(graph: oir.Graph, node: oir.Node, maps: Maps, sizes: Sizes) -> None:
         if axis not in changed:
             continue
         own = np.arange(sizes[data.name or ""][axis])[slice(int(starts[number]), int(ends[number]), int(steps[number]))]
-        picked = _picked(node, maps, sizes, axis, axis, own)
+        picked = _picked(node, maps, sizes, axis, own)
         step = np.unique(np.diff(picked))
         if len(picked) == 0 or len(step) > 1 or (len(step) and step[0] == 0):
             raise ModelError(f"{title(node)}: the channels it cuts out would no longer lie at equal distances")
@@ -184,18 +184,19 @@ def _slice(graph: oir.Graph, node: oir.Node, maps: Maps, sizes: Sizes) -> None:
 def _gather(graph: oir.Graph, node: oir.Node, maps: Maps, sizes: Sizes) -> None:
     data, indices = required(node, 0), required(node, 1)
     axis = integer(node, "axis", 0) % rank(data)
-    if axis not in maps.get(data.name or "", {}) and axis not in maps.get(node.outputs[0].name or "", {}):
+    picks = axis in maps.get(data.name or "", {})
+    if not picks and (rank(indices) != 1 or axis not in maps.get(node.outputs[0].name or "", {})):
         return
     if indices.const_value is None or rank(indices) != 1:
         raise ModelError(f"{title(node)}: it picks channels by indices that are computed or not in a row")
     own = get_array(indices) % sizes[data.name or ""][axis]
-    _replace(graph, node, 1, _picked(node, maps, sizes, axis, axis, own))
+    _replace(graph, node, 1, _picked(node, maps, sizes, axis, own))
 
 
-def _picked(node: oir.Node, maps: Maps, sizes: Sizes, before: int, after: int, own: np.ndarray) -> np.ndarray:
+def _picked(node: oir.Node, maps: Maps, sizes: Sizes, axis: int, own: np.ndarray) -> np.ndarray:
     """New indices into the data for a node that picked the indices `own` from it."""
-    result = _map(maps, sizes, node.outputs[0], after)
-    found = _map(maps, sizes, required(node, 0), before).find(own[result.source], result.parent)
+    result = _map(maps, sizes, node.outputs[0], axis)
+    found = _map(maps, sizes, required(node, 0), axis).find(own[result.source], result.parent)
     if found is None:
         raise ModelError(f"{title(node)}: the channels it picks are not all there any more")
     return found

@@ -11,7 +11,7 @@ def side_by_side(numbers: np.ndarray, space_of: np.ndarray, networks: int) -> Ax
     """The joint order of channels along some axes (flattened together).
 
     Each run of channels of one space stands once for each network; a run ends where another space, or another copy of
-    the same channels, begins. Operators that concatenate, split or flatten channels keep that order.
+    the same channels, begins. Most operators that move channels keep that order.
 
     Args:
         numbers: [P] number of the channel at each position, negative where there is none.
@@ -27,6 +27,29 @@ def side_by_side(numbers: np.ndarray, space_of: np.ndarray, networks: int) -> Ax
             source.append(run)
             parent.append(np.full(len(run), owner))
     return AxisMap(np.concatenate(source), np.concatenate(parent))
+
+
+def repeated(before: np.ndarray, joint: AxisMap, after: np.ndarray, *, whole: bool) -> AxisMap | None:
+    """The joint order behind an operator that keeps the channels `before`, repeats each as a block (a flatten), or
+    repeats the row of them as a `whole` (a tile); None when it does neither.
+    """
+    times = len(after) // len(before)
+    if whole and times and np.array_equal(np.tile(before, times), after):
+        copies = np.arange(times).repeat(len(joint)) * len(before)
+        return AxisMap(np.tile(joint.source, times) + copies, np.tile(joint.parent, times))
+    if not whole and times and np.array_equal(before.repeat(times), after):
+        source = joint.source[:, None] * times + np.arange(times)
+        return AxisMap(source.ravel(), joint.parent.repeat(times))
+    return None
+
+
+def appended(parts: Sequence[tuple[np.ndarray, AxisMap]], after: np.ndarray) -> AxisMap | None:
+    """The joint order of channels that a Concat put one after the other; None when `after` is something else."""
+    if not np.array_equal(np.concatenate([numbers for numbers, _ in parts]), after):
+        return None
+    starts = np.cumsum([0, *(len(numbers) for numbers, _ in parts[:-1])])
+    source = [joint.source + start for (_, joint), start in zip(parts, starts, strict=True)]
+    return AxisMap(np.concatenate(source), np.concatenate([joint.parent for _, joint in parts]))
 
 
 def on_one_axis(joint: AxisMap, sizes: Sequence[int], networks: int) -> tuple[int, AxisMap] | None:
@@ -59,47 +82,58 @@ def joined(arrays: Sequence[np.ndarray], made: AxisMap, read: AxisMap, weights: 
 
 
 def joined_groups(
-    arrays: Sequence[np.ndarray], made: AxisMap, read: AxisMap, groups: int, weights: Sequence[float]
+    arrays: Sequence[np.ndarray],
+    rows: AxisMap,
+    columns: AxisMap,
+    groups: int,
+    weights: Sequence[float],
+    *,
+    rows_are_made: bool,
 ) -> tuple[np.ndarray, int] | None:
-    """The joint kernel [made, read / groups, ...] of a grouped convolution, and its number of groups.
+    """The joint kernel [rows, columns / groups, ...] of a grouped convolution, and its number of groups.
 
     None where the channels of a group have been torn apart.
     """
-    per_made, per_read = arrays[0].shape[0] // groups, arrays[0].shape[1]
-    own_made, own_read = (_chunks(m, n, len(m) // n) for m, n in ((made, per_made), (read, per_read)))
-    if own_made is not None and own_read is not None and np.array_equal(own_made, own_read):  # groups add up
-        kernel = np.empty((len(made), *arrays[0].shape[1:]))
+    per_row, per_column = arrays[0].shape[0] // groups, arrays[0].shape[1]
+    whole = [_chunks(rows, per_row), _chunks(columns, per_column)]
+    if whole[0] is not None and whole[1] is not None and np.array_equal(whole[0], whole[1]):  # groups add up
+        kernel = np.empty((len(rows), *arrays[0].shape[1:]))
         for number, array in enumerate(arrays):
-            rows = made.parent == number
-            kernel[rows] = array[made.source[rows]]
-        return kernel, len(made) // per_made
-    if len(made) % groups or len(read) % groups:
-        return None
-    rows, columns = (m.source.reshape(groups, -1) // n for m, n in ((made, per_made), (read, per_read)))
-    order = np.arange(groups)[:, None]
-    if (rows != order).any() or (columns != order).any():
-        return None
+            own = rows.parent == number
+            kernel[own] = array[rows.source[own]]
+        return kernel, len(rows) // per_row
     blocks = []
     for group in range(groups):
-        own = [array[group * per_made : (group + 1) * per_made] for array in arrays]
-        blocks.append(joined(own, _part(made, group, groups, per_made), _part(read, group, groups, per_read), weights))
+        parts = [_part(rows, group, groups, per_row), _part(columns, group, groups, per_column)]
+        if parts[0] is None or parts[1] is None:
+            return None
+        kernels = [array[group * per_row : (group + 1) * per_row] for array in arrays]
+        if rows_are_made:
+            blocks.append(joined(kernels, parts[0], parts[1], weights))
+        else:
+            swapped = [kernel.swapaxes(0, 1) for kernel in kernels]
+            blocks.append(joined(swapped, parts[1], parts[0], weights).swapaxes(0, 1))
     return np.concatenate(blocks), groups
 
 
-def _chunks(axis_map: AxisMap, size: int, count: int) -> np.ndarray | None:
-    """[count, 2]: network and group of each chunk of `size` indices; None unless each is a whole group of one."""
-    if len(axis_map) != size * count:
+def _chunks(axis_map: AxisMap, size: int) -> np.ndarray | None:
+    """[chunks, 2]: network and group of each chunk of `size` indices; None unless each is a whole group of one."""
+    if len(axis_map) % size:
         return None
-    source, parent = axis_map.source.reshape(count, size), axis_map.parent.reshape(count, size)
-    whole = source == source[:, :1] + np.arange(size)
-    if not whole.all() or (source[:, 0] % size).any() or (parent != parent[:, :1]).any() or (parent == SHARED).any():
+    source, parent = axis_map.source.reshape(-1, size), axis_map.parent.reshape(-1, size)
+    in_order = (source == source[:, :1] + np.arange(size)).all() and not (source[:, 0] % size).any()
+    if not in_order or (parent != parent[:, :1]).any() or (parent == SHARED).any():
         return None
     return np.stack([parent[:, 0], source[:, 0] // size], axis=1)
 
 
-def _part(axis_map: AxisMap, group: int, groups: int, size: int) -> AxisMap:
-    source, parent = (own.reshape(groups, -1)[group] for own in (axis_map.source, axis_map.parent))
-    return AxisMap(source - group * size, parent)
+def _part(axis_map: AxisMap, group: int, groups: int, size: int) -> AxisMap | None:
+    """The channels of one group, counted inside it; None unless equal shares of all hold one group each."""
+    share = len(axis_map) // groups
+    own = slice(group * share, (group + 1) * share)
+    if len(axis_map) % groups or (axis_map.source[own] // size != group).any():
+        return None
+    return AxisMap(axis_map.source[own] - group * size, axis_map.parent[own])
 
 
 def beside(

@@ -74,12 +74,14 @@ Rows = dict[int, list[tuple[int, np.ndarray]]]
 def _rows(binds: Sequence[Bind], classes: np.ndarray, fixed: np.ndarray) -> Rows:
     found: Rows = {}
     for number, (parents, children) in enumerate(binds):
-        own = classes[parents]
         below = np.where(children == NO_CHANNEL, NO_CHANNEL, classes[children])
-        if len(np.unique(own)) < len(own):
-            fixed[own] = True
-        for parent, row in zip(own.tolist(), below, strict=True):
-            found.setdefault(parent, []).append((number, row))
+        for parent, row in zip(classes[parents].tolist(), below, strict=True):
+            own = found.setdefault(parent, [])
+            earlier = next((seen for which, seen in own if which == number), None)
+            if earlier is None:
+                own.append((number, row))
+            elif not np.array_equal(earlier, row):  # one parent of two rows; equal rows repeat, as over a batch
+                fixed[parent] = True
     return found
 
 

@@ -14,6 +14,8 @@ import onnx_ir as oir
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops import load_op
 
+from onnxmerge.ir.infer_node import infer_node, with_plain_names
+
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _DATA_DEPENDENT = {"NonZero", "Compress", "Unique"}
 """Their sizes depend on the data, but they make little more than they read."""
@@ -31,8 +33,6 @@ _SLOW_LIMIT = 1 << 16
 _LIMIT_BYTES = 1 << 28
 _GROWTH = 8
 """All folded constants together may take `_LIMIT_BYTES` and this many times what the model stores (int4 to float32)."""
-_SHAPE_LIKE = 1024
-"""Arrays of up to so many elements may be sizes, bounds or axes, on which the shape of an output depends."""
 
 
 def fold_constants(model: oir.Model, keep: Container[str] = ()) -> None:
@@ -89,59 +89,36 @@ def _evaluate(node: oir.Node, opset: int, budget: int = _LIMIT_BYTES) -> list[np
         start = node.attributes["start"].as_int() if "start" in node.attributes else 0
         end = node.attributes["end"].as_int() if "end" in node.attributes else len(whole)
         return [whole[start:end]]
-    proto = _with_plain_names(node)
     try:
-        expected = _expected(node, proto, opset)
+        expected = _expected(node, opset)
         if expected is None or sum(_bytes(shape, dtype) for shape, dtype in expected) > budget:
             return None
         feeds = [None if v is None else v.const_value.numpy() for v in node.inputs]  # type: ignore[union-attr]
         operator: type[OpRun] = load_op("", node.op_type, max(opset, _FIRST_VERSION.get(node.op_type, 0)))
         context = {"log": lambda *_: None, "opsets": {"": opset}, "verbose": 0, "new_ops": None}
         with np.errstate(all="ignore"):
-            results = operator(proto, context).run(*feeds)
+            results = operator(with_plain_names(node), context).run(*feeds)
             arrays = [np.asarray(r).astype(t, copy=False) for r, (_, t) in zip(results, expected, strict=True)]
     except Exception:  # the reference implementation and onnx's shape inference raise many kinds
         return None
     return arrays if all(_fits(a.shape, shape) for a, (shape, _) in zip(arrays, expected, strict=True)) else None
 
 
-def _with_plain_names(node: oir.Node) -> onnx.NodeProto:
-    """The node alone; its inputs are called i0, i1, ... and its outputs o0, o1, ..."""
-    proto = oir.serde.serialize_node(node)
-    proto.ClearField("input")
-    proto.ClearField("output")
-    proto.input.extend("" if value is None else f"i{index}" for index, value in enumerate(node.inputs))
-    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
-    return proto
-
-
 _Expected = tuple[tuple[int | None, ...], np.dtype]
 """Shape (None where it depends on the data) and element type of an output."""
 
 
-def _expected(node: oir.Node, proto: onnx.NodeProto, opset: int) -> list[_Expected] | None:
+def _expected(node: oir.Node, opset: int) -> list[_Expected] | None:
     """What onnx infers of the outputs of a constant node; None where that does not bound their size."""
-    tensors = {
-        name: value.const_value
-        for name, value in zip(proto.input, node.inputs, strict=True)
-        if value is not None and value.const_value is not None
-    }
-    types = {
-        name: onnx.helper.make_tensor_type_proto(tensor.dtype.value, list(tensor.shape.numpy()))
-        for name, tensor in tensors.items()
-    }
-    data = {name: oir.serde.serialize_tensor(t) for name, t in tensors.items() if t.size <= _SHAPE_LIKE}
-    schema, imports = onnx.defs.get_schema(node.op_type, opset), [onnx.helper.make_opsetid("", opset)]
-    inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=imports)
     expected: list[_Expected] = []
-    for name in proto.output:
-        made = inferred[name].tensor_type
+    for made in (inferred.tensor_type for inferred in infer_node(node, opset)):
         shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in made.shape.dim)
         known = made.HasField("shape") and None not in shape
         if made.elem_type == onnx.TensorProto.STRING or not (known or node.op_type in _DATA_DEPENDENT):
             return None
         expected.append((shape, oir.DataType(made.elem_type).numpy()))
-    elements = sum(tensor.size for tensor in tensors.values()) + sum(_bytes(s, np.dtype(np.int8)) for s, _ in expected)
+    read = sum(value.const_value.size for value in node.inputs if value is not None and value.const_value is not None)
+    elements = read + sum(_bytes(shape, np.dtype(np.int8)) for shape, _ in expected)
     return None if node.op_type in _SLOW and elements > _SLOW_LIMIT else expected
 
 

@@ -92,10 +92,14 @@ class Trace:
 
         An array that cannot be rewritten fixes them, unless it is the same for all.
         """
-        if (constant.name or "") in self.constants:
+        if self.is_weight(constant):
             self.uses.append(Use(constant.name or "", tuple(axes), atoms.ravel(), rows))
-        elif constant.const_value is None or ((array := constant.const_value.numpy()).size and np.ptp(array) != 0):
+        elif constant.const_value is None or (np.ptp(constant.const_value.numpy(), axis=tuple(axes)) != 0).any():
             self.fix(atoms)
+
+    def is_weight(self, value: oir.Value) -> bool:
+        """Whether `value` is an array that can be rewritten."""
+        return (value.name or "") in self.constants
 
     def tag(self, atoms: np.ndarray) -> None:
         """Keep `atoms` among themselves."""
@@ -181,6 +185,18 @@ class Trace:
         parents = self.fresh(int(np.prod([whole.shape[axis] for axis in own])))
         self.use(constant, axes, parents)
         self.bind(parents, _rows(whole, own))
+
+    def along(self, node: oir.Node, label: np.ndarray, axis: int) -> np.ndarray:
+        """`label` of size 1 on all axes but `axis`, for operators that mix what lies along the others.
+
+        What varies along others at one index of `axis` becomes one channel. Frozen, and none left, where `label` does
+        not vary along `axis` at all.
+        """
+        others = [other for other in channel_axes(label) if other != axis]
+        if others and label.shape[axis] == 1:
+            self.freeze(node, "channels lie on an axis that it mixes", label)
+            return no_channels(label.ndim)
+        return self.united(label, others)
 
     def fix(self, atoms: np.ndarray) -> None:
         """Fix the place of `atoms` without blaming a node (graph outputs)."""

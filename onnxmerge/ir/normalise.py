@@ -17,6 +17,7 @@ from onnx_ir.passes import common
 from onnxmerge.errors import ModelError
 from onnxmerge.ir.concrete import settle
 from onnxmerge.ir.fold_constants import fold_constants
+from onnxmerge.ir.infer_node import makes_negative_size
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.lift_constants import lift_constants
 from onnxmerge.ir.opset import raise_opset
@@ -38,25 +39,25 @@ def normalise(model: oir.Model) -> oir.Model:
     """The normal form of `model`; the argument is used up.
 
     Raises:
-        ModelError: a node cannot be brought to the opset, a function cannot be inlined, or a value is too large.
+        ModelError: a node cannot be brought to the opset, a function cannot be inlined, or a size is impossible.
     """
     lift_constants(model.graph)
     _remove_initializers_from_inputs(model.graph)
     model.ir_version = max(model.ir_version or 0, _MIN_IR_VERSION)
-    infer_shapes(model)  # old operators are converted by the types and shapes of what they read
+    if not model.functions:  # which are newer than the operators that are converted by the shapes of what they read
+        _infer_checked(model)
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     raise_opset(model, max(OPSET, *(graph.opset_imports.get("", 0) for graph in graphs)))
     _inline_functions(model)
     common.NameFixPass()(model)
     lift_constants(model.graph)
     free_batch(model)
-    infer_shapes(model)
+    _infer_checked(model)
     fold_constants(model)
     _remove_identities(model.graph)
     common.RemoveUnusedNodesPass()(model)
     untie(model)
-    infer_shapes(model)
-    _check_sizes(model)
+    _infer_checked(model)
     return model
 
 
@@ -74,7 +75,12 @@ def _inline_functions(model: oir.Model) -> None:
         raise ModelError(f"a function cannot be inlined: {_root_cause(error)}") from error
 
 
-def _check_sizes(model: oir.Model) -> None:
+def _infer_checked(model: oir.Model) -> None:
+    """Infer shapes, and refuse those that no network which runs can have."""
+    node = makes_negative_size(model.graph)
+    if node is not None:
+        raise ModelError(f"{node.op_type} {node.name!r} makes a value with a negative size")
+    infer_shapes(model)
     for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
         if math.prod(size for size in dims(value) if size is not None) > _MOST_ELEMENTS:
             raise ModelError(f"the value {value.name!r} of shape {list(dims(value))} is too large for any machine")

@@ -90,6 +90,12 @@ def _known_array(value: oir.Value | None) -> np.ndarray | None:
     return None
 
 
+def _string(node: oir.Node, name: str, default: str) -> str:
+    """The string attribute `name`; one that is no text is like one that nobody knows."""
+    value = node.attributes[name].value if name in node.attributes else default
+    return value if isinstance(value, str) else ""
+
+
 def _set_input(node: oir.Node, index: int, value: oir.Value | None) -> None:
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
@@ -157,8 +163,7 @@ def _upsample_to_resize(node: oir.Node) -> None:
 def _resize_with_coordinates(node: oir.Node) -> None:
     """Before opset 11 coordinates were x / scale, rounded down where the axis grows and up where it shrinks."""
     scales = node.inputs[1]
-    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "nearest"
-    if mode == "nearest":
+    if _string(node, "mode", "nearest") == "nearest":
         factors = _known_array(scales)
         grows = factors is None or bool((factors >= 1).all())
         if factors is not None and not grows and (factors > 1).any():
@@ -178,10 +183,10 @@ def _resize_with_optional_inputs(node: oir.Node) -> None:
         array = _known_array(node.inputs[index])
         if array is not None and array.size == 0:
             node.replace_input_with(index, None)
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    if attributes.get("coordinate_transformation_mode") != "tf_half_pixel_for_nn":
+    if _string(node, "coordinate_transformation_mode", "half_pixel") != "tf_half_pixel_for_nn":
         return
-    if attributes.get("mode", "nearest") != "nearest" or attributes.get("nearest_mode") != "floor":
+    modes = _string(node, "mode", "nearest"), _string(node, "nearest_mode", "round_prefer_floor")
+    if modes != ("nearest", "floor"):
         raise _NotConvertibleError("tf_half_pixel_for_nn without nearest_mode=floor has no equal")
     for name, value in (("coordinate_transformation_mode", "half_pixel"), ("nearest_mode", "round_prefer_ceil")):
         node.attributes[name] = oir.AttrString(name, value)
@@ -227,14 +232,15 @@ def _softmax_of_matrix(node: oir.Node) -> None:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     node.attributes["axis"] = oir.AttrInt64("axis", axis)
     assert data is not None
-    sizes = dims(data)
-    first = axis + rank(data) if axis < 0 else axis
-    larger = [number for number in range(first, len(sizes)) if sizes[number] != 1]
     if axis == -1:
         return
-    if data.shape is not None and len(larger) < 2:
-        node.attributes["axis"] = oir.AttrInt64("axis", larger[0] if larger else -1)
-        return
+    if data.shape is not None:
+        if not -rank(data) <= axis < rank(data):
+            raise _NotConvertibleError(f"its data have no axis {axis}")
+        larger = [number for number, size in enumerate(dims(data)) if number >= axis % rank(data) and size != 1]
+        if len(larger) < 2:
+            node.attributes["axis"] = oir.AttrInt64("axis", larger[0] if larger else -1)
+            return
     matrix = _before(node, "Flatten", [data], {"axis": axis})
     normalised = _before(node, node.op_type, [matrix], {"axis": -1})
     shape = _before(node, "Shape", [data], {})
@@ -256,7 +262,7 @@ def _scatter_elements(node: oir.Node) -> None:
 
 def _grid_sample_names(node: oir.Node) -> None:
     if "mode" in node.attributes:
-        mode = node.attributes["mode"].as_string()
+        mode = _string(node, "mode", "linear")
         node.attributes["mode"] = oir.AttrString("mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
 
 

@@ -9,7 +9,7 @@ from onnxmerge.ir.labels import dims
 
 _READ_BYTES = 1 << 12
 """Constants up to here go along, since shapes may depend on what they hold (targets of Reshape, bounds of Slice)."""
-_SAME_SHAPE = {"GroupNormalization"}
+_SAME_SHAPE = {"GroupNormalization", "MeanVarianceNormalization"}
 """Operators for which onnx has no inference and whose output has the shape of their first input."""
 
 

@@ -53,7 +53,7 @@ def _apply_rule(node: oir.Node, trace: Trace) -> None:
     reached = [trace.label(v) for v in node.inputs if v is not None] + [trace.label(v) for v in captured]
     if rule is not None and not captured and not any(_unsized(v) for v in [*node.inputs, *node.outputs]):
         rule(node, trace)
-    elif node.op_type != "Shape":
+    else:
         why = "it has no label rule" if rule is None or captured else "the shape of an input or output is unknown"
         trace.freeze(node, f"{why}; the channels that reach it keep their order", *reached)
 

@@ -73,12 +73,12 @@ def renamed(tensor: oir.TensorProtocol, name: str | None) -> oir.TensorProtocol:
             tensor.offset,
             tensor.length,
             tensor.dtype,
-            shape=oir.Shape(tensor.shape),
+            shape=oir.Shape(tensor.shape.numpy()),
             name=name or "",
             base_dir=tensor.base_dir,
         )
     if tensor.dtype == oir.DataType.STRING:
-        return oir.StringTensor(tensor.numpy(), shape=oir.Shape(tensor.shape), name=name)
+        return oir.StringTensor(tensor.numpy(), shape=oir.Shape(tensor.shape.numpy()), name=name)
     return oir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
 
 

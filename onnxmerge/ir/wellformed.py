@@ -22,6 +22,9 @@ STANDARD = ("", "ai.onnx")
 _MOST_NODES = 1_000_000
 """So many nodes may stand in a model when its functions are inlined; a few nested functions can make billions."""
 
+_POSITIVE = {"strides", "dilations", "kernel_shape", "group", "blocksize", "num_groups", "num_outputs", "hidden_size"}
+"""Attributes of the standard's operators by which runtimes divide."""
+
 _FunctionId = tuple[str, str, str]
 
 
@@ -205,6 +208,8 @@ def _check_signature(node: onnx.NodeProto, opset: int) -> None:
             raise ModelError(f"{_called(node)} has the attribute {name!r}, which opset {opset} does not know")
         if attribute.type != wanted.attributes[name][0]:
             raise ModelError(f"the attribute {name!r} of {_called(node)} is of a wrong type")
+        if name in _POSITIVE and not attribute.ref_attr_name and min(attribute.ints or [attribute.i]) < 1:
+            raise ModelError(f"the attribute {name!r} of {_called(node)} holds a number below 1")
     for name, (_, required) in wanted.attributes.items():
         if required and name not in own:
             raise ModelError(f"{_called(node)} lacks the attribute {name!r}")

@@ -70,7 +70,7 @@ def _by_head(value: oir.Value, label: np.ndarray, heads: int, readers: int, indi
             label = no_channels(4)
     if label.shape[1] not in (1, readers):
         label = np.repeat(label, readers // label.shape[1], axis=1)
-    return Factor(label, indices, [sizes[0], readers, *sizes[2:]])
+    return Factor(label, indices, [sizes[0], 1 if sizes[1] == 1 else readers, *sizes[2:]])
 
 
 def _sizes(value: oir.Value) -> list[int]:

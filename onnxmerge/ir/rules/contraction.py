@@ -69,12 +69,13 @@ def contract_weight(
     shape = [own.size(index) for index in kept]
     fresh = trace.fresh(int(np.prod(shape))).reshape(shape)
     trace.use(weight, own.axes(kept), fresh)
-    if each:
-        parents = trace.fresh(int(np.prod(shape[: len(each)])))
-        trace.bind(parents, fresh)
+    for row in fresh.reshape(int(np.prod(shape[: len(each)])), -1) if each else ():
+        trace.tag(row)
+    if each and reads:
         order = [*each, *(index for index in shared if index not in each)]
-        if reads:
-            trace.bind(parents, np.broadcast_to(met.arranged(order, trace), [own.size(index) for index in order]))
+        read = np.broadcast_to(met.arranged(order, trace), [own.size(index) for index in order])
+        for row in read.reshape(int(np.prod(shape[: len(each)])), -1):
+            trace.tag(row)
     return Factor(fresh, kept, shape).arranged(result, trace)
 
 

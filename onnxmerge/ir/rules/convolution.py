@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.errors import ModelError
-from onnxmerge.ir.labels import Rows, Trace, carries, channel_axes, dims, no_channels
+from onnxmerge.ir.labels import Rows, Trace, carries, dims
 from onnxmerge.ir.rules.registry import integer, is_constant, optional, required, rule
 
 
@@ -41,9 +41,7 @@ def _convolve(
     if not is_constant(weight):
         trace.freeze(node, "its weight is computed", label, trace.label(weight))
         return
-    if channel_axes(label) not in ((), (1,)):
-        trace.freeze(node, "channels lie on a spatial axis", label)
-        label = no_channels(label.ndim)
+    label = trace.along(node, label, 1)
     groups = integer(node, "group", 1)
     rows, columns = int(dims(weight)[0] or 0), int(dims(weight)[1] or 0)
     made_count, read_count = (columns * groups, rows) if transposed else (rows, columns * groups)

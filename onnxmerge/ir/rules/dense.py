@@ -8,7 +8,7 @@ import onnx_ir as oir
 from onnxmerge.ir.labels import Trace, dims
 from onnxmerge.ir.rules.contraction import Factor, Index, contract, contract_weight
 from onnxmerge.ir.rules.elementwise import broadcast
-from onnxmerge.ir.rules.registry import integer, is_constant, optional, required, rule
+from onnxmerge.ir.rules.registry import integer, optional, required, rule
 
 
 @rule("MatMul")
@@ -70,9 +70,9 @@ def _product(
 ) -> np.ndarray | None:
     a = Factor.of(left, trace.label(left), of_left)
     b = Factor.of(right, trace.label(right), of_right)
-    if is_constant(left) == is_constant(right):
+    if trace.is_weight(left) == trace.is_weight(right):
         return contract(node, trace, a, b, result)
-    data, weight, own = (b, left, of_left) if is_constant(left) else (a, right, of_right)
+    data, weight, own = (b, left, of_left) if trace.is_weight(left) else (a, right, of_right)
     if any(index not in data.indices and index not in result for index in own):
         trace.freeze(node, "its weight is summed over an index that the data do not have", data.label)
         return None

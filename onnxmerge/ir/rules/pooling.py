@@ -8,11 +8,9 @@ from onnxmerge.ir.rules.registry import axes_of, optional, required, rule
 
 @rule("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def pooling(node: oir.Node, trace: Trace) -> None:
-    """Axis 1 passes; channels on a spatial axis would be mixed."""
-    label = trace.label(required(node, 0))
-    if channel_axes(label) not in ((), (1,)):
-        trace.freeze(node, "channels lie on a spatial axis", label)
-    elif len(node.outputs) > 1 and carries(label):
+    """Axis 1 passes; what channels there are in a map become one."""
+    label = trace.along(node, trace.label(required(node, 0)), 1)
+    if len(node.outputs) > 1 and carries(label):
         trace.freeze(node, "the indices of a max pooling count channels", label)
     else:
         trace.set_label(node.outputs[0], label)
@@ -21,26 +19,25 @@ def pooling(node: oir.Node, trace: Trace) -> None:
 @rule("GridSample", "RoiAlign", "MaxRoiPool")
 def sampling(node: oir.Node, trace: Trace) -> None:
     """Axis 1 passes; the other inputs say where in space to read."""
-    label = trace.label(required(node, 0))
+    label = trace.along(node, trace.label(required(node, 0)), 1)
     places = [trace.label(value) for value in node.inputs[1:] if value is not None]
-    if channel_axes(label) not in ((), (1,)) or any(carries(own) for own in places):
-        trace.freeze(node, "channels lie on a spatial axis, or say where to read", label, *places)
+    if any(carries(own) for own in places):
+        trace.freeze(node, "channels say where to read", label, *places)
     else:
         trace.set_label(node.outputs[0], label)
 
 
 @rule("Resize", "Upsample")
 def resize(node: oir.Node, trace: Trace) -> None:
-    """Axes that keep their size and their scale keep their channels."""
+    """Axes that keep their size and their scale keep their channels; along others they become one."""
     data, output = required(node, 0), node.outputs[0]
     label = trace.label(data)
     given = [trace.label(value) for value in node.inputs[1:] if value is not None]
-    if all(_keeps(node, axis, dims(data), dims(output)) for axis in channel_axes(label)) and not any(
-        map(carries, given)
-    ):
-        trace.set_label(output, label)
+    mixed = [axis for axis in channel_axes(label) if not _keeps(node, axis, dims(data), dims(output))]
+    if any(carries(own) for own in given) or (mixed and set(mixed) == set(channel_axes(label))):
+        trace.freeze(node, "it resizes the axis that carries channels", label, *given)
     else:
-        trace.freeze(node, "it resizes an axis that carries channels", label, *given)
+        trace.set_label(output, trace.united(label, mixed))
 
 
 def _keeps(node: oir.Node, axis: int, before: tuple[int | None, ...], after: tuple[int | None, ...]) -> bool:
