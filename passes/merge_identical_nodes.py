@@ -7,12 +7,12 @@ knows, are never merged. Equal initializers must have become one before (`Dedupl
 
 import onnx_ir as oir
 
-from onnxmerge.ir.identity import Digests
+from onnxmerge.ir.identity import Digests, is_copy
 from onnxmerge.ir.reach import remove_node, remove_unneeded
 
 
 class MergeIdenticalNodes(oir.passes.InPlacePass):
-    """Keep the first of equal nodes, drop copies (Identity), and remove what nothing reads any more.
+    """Keep the first of equal nodes, drop copies (Identity and the like), and remove what nothing reads any more.
 
     Outputs of the graph keep their names: where two become one value, the later is a copy of the earlier.
     """
@@ -26,9 +26,9 @@ class MergeIdenticalNodes(oir.passes.InPlacePass):
         first: dict[bytes, oir.Value] = {}
         modified = False
         for node in list(graph):
-            if node.op_type == "Identity" and node.domain == "" and node.inputs[0] is not None:
-                digests.alias(node.outputs[0], node.inputs[0])
-                first.setdefault(digests.of(node.inputs[0]), node.inputs[0])
+            if is_copy(node) and (source := node.inputs[0]) is not None:
+                digests.alias(node.outputs[0], source)
+                first.setdefault(digests.of(source), source)
             elif not digests.add(node):
                 continue
             kept = [first.setdefault(digests.of(output), output) for output in node.outputs]

@@ -11,7 +11,8 @@ def side_by_side(numbers: np.ndarray, space_of: np.ndarray, networks: int) -> Ax
     """The joint order of channels along some axes (flattened together).
 
     Each run of channels of one space stands once for each network; a run ends where another space, or another copy of
-    the same channels, begins. Most operators that move channels keep that order.
+    the same channels, begins. Operators that concatenate, split or flatten channels keep that order; where one does
+    not, `verify` says so.
 
     Args:
         numbers: [P] number of the channel at each position, negative where there is none.
@@ -27,29 +28,6 @@ def side_by_side(numbers: np.ndarray, space_of: np.ndarray, networks: int) -> Ax
             source.append(run)
             parent.append(np.full(len(run), owner))
     return AxisMap(np.concatenate(source), np.concatenate(parent))
-
-
-def repeated(before: np.ndarray, joint: AxisMap, after: np.ndarray, *, whole: bool) -> AxisMap | None:
-    """The joint order behind an operator that keeps the channels `before`, repeats each as a block (a flatten), or
-    repeats the row of them as a `whole` (a tile); None when it does neither.
-    """
-    times = len(after) // len(before)
-    if whole and times and np.array_equal(np.tile(before, times), after):
-        copies = np.arange(times).repeat(len(joint)) * len(before)
-        return AxisMap(np.tile(joint.source, times) + copies, np.tile(joint.parent, times))
-    if not whole and times and np.array_equal(before.repeat(times), after):
-        source = joint.source[:, None] * times + np.arange(times)
-        return AxisMap(source.ravel(), joint.parent.repeat(times))
-    return None
-
-
-def appended(parts: Sequence[tuple[np.ndarray, AxisMap]], after: np.ndarray) -> AxisMap | None:
-    """The joint order of channels that a Concat put one after the other; None when `after` is something else."""
-    if not np.array_equal(np.concatenate([numbers for numbers, _ in parts]), after):
-        return None
-    starts = np.cumsum([0, *(len(numbers) for numbers, _ in parts[:-1])])
-    source = [joint.source + start for (_, joint), start in zip(parts, starts, strict=True)]
-    return AxisMap(np.concatenate(source), np.concatenate([joint.parent for _, joint in parts]))
 
 
 def on_one_axis(joint: AxisMap, sizes: Sequence[int], networks: int) -> tuple[int, AxisMap] | None:

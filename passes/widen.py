@@ -30,7 +30,7 @@ from onnxmerge.ir.spaces import Spaces, find_spaces
 from onnxmerge.ir.weights import get_array, is_float, set_array
 from onnxmerge.passes.resize import AxisMap, Key, numbered, resize_constants, sizes_of, unchanged, verify
 from onnxmerge.passes.roles import MOVES, read_axis, title, why_not_alone
-from onnxmerge.passes.side_by_side import appended, beside, joined, joined_groups, on_one_axis, repeated, side_by_side
+from onnxmerge.passes.side_by_side import beside, joined, joined_groups, on_one_axis, side_by_side
 
 _NORMS = frozenset(("BatchNormalization", "InstanceNormalization"))
 _LINEAR = MOVES | {
@@ -135,7 +135,6 @@ class _Widening:
         self.constant_axes = {slots.name: slots.axes for space in own for slots in space.weights if slots.rows is None}
         self.roles: dict[str, _Role] = {value.name or "": _Role(Kind.SAME) for value in model.graph.inputs}
         self.maps: dict[str, dict[int, AxisMap]] = {}
-        self.joints: dict[Key, AxisMap] = {}
 
     def finish(self) -> oir.Model:
         """Sizes, shapes and the proof."""
@@ -214,7 +213,6 @@ class _Widening:
                 continue
             if (output.name or "", None) not in self.numbers:
                 raise ModelError(f"{title(node)}: it mixes the channels of the networks{self._frozen()}")
-            self.joints[output.name or "", None] = self._followed(node, output)
             self._set_wide(output, places[0] if places else None)
         for index, constant in enumerate(node.inputs):
             if constant is not None and constant.const_value is not None:
@@ -235,34 +233,7 @@ class _Widening:
         self.roles[name] = _Role(Kind.WIDE, own)
 
     def _joint(self, key: Key) -> AxisMap:
-        """The joint order at a value or array: what has been noted for it, or that of the runs of its channels."""
-        known = self.joints.get(key)
-        return side_by_side(self.numbers[key], self.space_of, len(self.weights)) if known is None else known
-
-    def _followed(self, node: oir.Node, output: oir.Value) -> AxisMap:
-        """The joint order that `node` makes of those of its inputs."""
-        key: Key = (output.name or "", None)
-        numbers = self.numbers[key]
-        inputs = [value for value in node.inputs if value is not None]
-        if node.op_type == "Concat":
-            axis = integer(node, "axis", 0) % rank(output)
-            found = appended([self._part(value, axis) for value in inputs], numbers)
-        else:
-            known = [(self.numbers[v.name or "", None], self._joint((v.name or "", None))) for v in self._wide(inputs)]
-            followed = (repeated(own, joint, numbers, whole=node.op_type == "Tile") for own, joint in known)
-            found = next((joint for joint in followed if joint is not None), None)
-        return self._joint(key) if found is None else found
-
-    def _part(self, value: oir.Value, axis: int) -> tuple[np.ndarray, AxisMap]:
-        """The channels and the joint order of an operand of a Concat along `axis`."""
-        key: Key = (value.name or "", None)
-        if key in self.numbers:
-            return self.numbers[key], self._joint(key)
-        size = self.sizes[value.name or ""][axis]
-        return np.full(size, -1), unchanged(size)
-
-    def _wide(self, values: Sequence[oir.Value]) -> list[oir.Value]:
-        return [value for value in values if self._role(value).kind == Kind.WIDE]
+        return side_by_side(self.numbers[key], self.space_of, len(self.weights))
 
     def _visit_layer(self, node: oir.Node, target: oir.Node) -> None:
         data, weight, bias, output = required(node, 0), required(node, 1), optional(node, 2), node.outputs[0]
@@ -300,25 +271,12 @@ class _Widening:
         else:
             self._set(node, _Role(Kind.MEAN, sources=frozenset([output.name or ""])))
 
-    def _side(self, value: oir.Value, key: Key, size: int, node: oir.Node | None = None) -> AxisMap | None:
-        """The joint order of the channels that a layer reads as `value`, or makes as the output of `node`.
-
-        None where one channel stands for many. `key` is where they lie in the layer's weight.
-        """
-        carried: Key = (value.name or "", None)
-        if carried not in self.numbers:
+    def _side(self, value: oir.Value, key: Key, size: int) -> AxisMap | None:
+        """The joint order of the channels that a layer makes or reads; None where one channel stands for many."""
+        if (value.name or "", None) not in self.numbers:
             return unchanged(size)
-        if carried not in self.joints and node is not None and integer(node, "group", 1) > 1:
-            self.joints[carried] = self._followed(node, value)  # depthwise: its channels are those it reads
-        if key not in self.numbers:  # the groups of a kernel read no order of their own
-            return self._joint(carried) if len(self.numbers[carried]) == size else None
-        self._note(key, carried)
-        return self._joint(key) if len(self.numbers[key]) == size else None
-
-    def _note(self, key: Key, carried: Key) -> None:
-        """Give an array the joint order of a value with the same channels."""
-        if carried in self.numbers and np.array_equal(self.numbers[key], self.numbers[carried]):
-            self.joints[key] = self._joint(carried)
+        own = key if key in self.numbers else (value.name or "", None)  # groups of a kernel have no order of their own
+        return self._joint(own) if len(self.numbers[own]) == size else None
 
     def _widen_constant(self, node: oir.Node, target: oir.Node, index: int) -> None:
         """Put a constant that meets wide values side by side with those of the other networks."""
@@ -326,7 +284,6 @@ class _Widening:
         arrays, axes = self.arrays[name], self.constant_axes.get(name)
         joint: np.ndarray | None = None
         if axes is not None:
-            self._note((name, axes), (node.outputs[0].name or "", None))
             shape = [arrays[0].shape[axis] for axis in axes]
             fits = (0, self._joint((name, axes))) if len(axes) == 1 else None
             fits = fits or on_one_axis(self._joint((name, axes)), shape, len(self.weights))

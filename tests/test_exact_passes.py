@@ -259,7 +259,7 @@ def test_exact_passes_on_random_graphs():
     @given(random_nets())
     def holds(net):
         for name, case in EXACT.items():
-            bare = Case(case.apply, case.prepare, case.wanted)
+            bare = Case(case.apply, case.prepare, case.wanted)  # there may be nothing to drop
             try:
                 check_exact(bare, net.model())
                 done[name] += 1
@@ -267,7 +267,7 @@ def test_exact_passes_on_random_graphs():
                 assert name == "widen", error
 
     holds()
-    assert done["widen"] > 20
+    assert done["widen"] >= 20  # a third holds a softmax over channels, and many a map of one channel
 
 
 # --- the harness and the proof notice mistakes ------------------------------------------------------------------------
@@ -282,13 +282,15 @@ def test_the_harness_notices_channels_that_were_alive():
         check_exact(Case(behead), chain().model())
 
 
-@pytest.mark.parametrize("net", ["flattened", "picked", "padded_shortcut"])
-def test_the_proof_notices_sizes_that_did_not_follow(net, monkeypatch):
+@pytest.mark.parametrize(
+    ("net", "case"),
+    [("flattened", "prune what is not read"), ("picked", "prune what is zero"), ("padded_shortcut", "widen")],
+)
+def test_the_proof_notices_sizes_that_did_not_follow(net, case, monkeypatch):
     for module in (prune, widen):
         monkeypatch.setattr(module, "resize_constants", lambda *_: None)
-    for case in ("prune what is not read", "widen"):
-        with pytest.raises(ModelError):
-            check_exact(EXACT[case], NETS[net]().model())
+    with pytest.raises(ModelError, match="channels come out in another order"):
+        check_exact(EXACT[case], NETS[net]().model())
 
 
 def test_the_proof_notices_channels_in_another_order(monkeypatch):
@@ -516,10 +518,14 @@ def insert_everywhere(model: oir.Model, kind: str, **options: object) -> oir.Mod
     return model
 
 
-def deeper_and_lawful(before: oir.Model, after: oir.Model) -> None:
+def lawful(before: oir.Model, after: oir.Model) -> None:
     assert len(find_layers(after)) > len(find_layers(before))
-    assert len(find_spaces(after).permutable()) > len(find_spaces(before).permutable())
     assert check_spaces(after, find_spaces(after), seed=0, threads=1).passed
+
+
+def deeper_and_lawful(before: oir.Model, after: oir.Model) -> None:
+    assert len(find_spaces(after).permutable()) > len(find_spaces(before).permutable())
+    lawful(before, after)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
@@ -552,7 +558,9 @@ def test_inserted_layers_change_nothing_in_real_networks(name, kind, norm, share
 def test_kernels_and_groups(options):
     model = chain().model()
     value = activations(model)[0]
-    check_exact(Case(lambda m: InsertIdentity(value, "conv", **options)(m).model, after=deeper_and_lawful), model)
+    depthwise = options.get("groups") == 8  # its channels are those it reads: no new space
+    after = lawful if depthwise else deeper_and_lawful
+    check_exact(Case(lambda m: InsertIdentity(value, "conv", **options)(m).model, after=after), model)
 
 
 def test_a_batch_norm_that_is_inserted_is_exact_to_the_bit():

@@ -48,11 +48,11 @@ def _print(found: dict[str, Any]) -> None:
         norm, activation = (layer["norm"] or "").replace("Normalization", "Norm"), layer["activation"] or ""
         layers.add_row(layer["name"], layer["op"], shape, norm, activation, f"{layer['parameters']:,}", macs)
     console.print(layers)
-    spaces = Table("space", "channels", "arrays that carry it", title="Channel spaces")
+    spaces = Table("space", "channels", "arrays that carry it \\[axes]", title="Channel spaces")
     for space in found["spaces"]:
-        arrays = [f"{w['name']}[{','.join(map(str, w['axes']))}]" for w in space["weights"]]
-        more = f" and {len(arrays) - 4} more" if len(arrays) > 4 else ""
-        spaces.add_row(space["name"], str(space["size"]), ", ".join(arrays[:4]) + more)
+        arrays = [f"{w['name']}\\[{','.join(map(str, w['axes']))}]" for w in space["weights"]]
+        size = f"{space['size']} blocks" if space["blocks"] else str(space["size"])
+        spaces.add_row(space["name"], size, ", ".join(arrays))
     console.print(spaces)
     if found["frozen"]:
         frozen = Table("node", "op", "reason", title="Operators that keep channels in place")

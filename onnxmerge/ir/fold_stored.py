@@ -23,9 +23,13 @@ _MOST_BYTES = 1 << 26
 """Larger external arrays stay on disk and are not folded."""
 
 
-def fold_stored(model: oir.Model) -> None:
-    """Replace constant nodes of the main graph by initializers, in place; shapes must have been inferred."""
+def fold_stored(model: oir.Model) -> bool:
+    """Replace constant nodes of the main graph by initializers, in place; whether there were any.
+
+    Shapes must have been inferred; what is folded may let more shapes be inferred, and more be folded.
+    """
     graph = model.graph
+    folded = False
     for node in list(graph):
         if any(output.is_graph_output() for output in node.outputs) or not _exact(node):
             continue
@@ -41,6 +45,8 @@ def fold_stored(model: oir.Model) -> None:
             graph.register_initializer(constant)
             value.replace_all_uses_with(constant)
         graph.remove(node, safe=True)
+        folded = True
+    return folded
 
 
 def _fold(node: oir.Node, opset: int, allowed: int) -> list[oir.TensorProtocol] | None:
@@ -99,7 +105,7 @@ def _exact(node: oir.Node) -> bool:
         return node.op_type in _ROUNDED
     if node.op_type == "Cast":
         return "to" in node.attributes and _is_common(oir.DataType(node.attributes["to"].as_int()))
-    if node.op_type == "Div":  # the reference rounds down, runtimes round towards zero
+    if node.op_type in ("Div", "Mod"):  # the reference rounds down, runtimes round towards zero
         dividend, divisor = (tensor.numpy() for tensor in tensors)
         return bool((dividend >= 0).all() and (divisor > 0).all())
     return node.op_type in _INTEGER

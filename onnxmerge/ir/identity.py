@@ -3,7 +3,8 @@
     d(node) = SHA-256(domain, operator, attributes, sub-graphs, d(inputs))
 
 with attributes at their default equal to absent ones, and the two operands of a commutative operator in the order of
-their digests. This is value numbering (Alpern, Wegman, Zadeck 1988) with digests for numbers.
+their digests. Reshape, Flatten, Squeeze and Unsqueeze are all one operator, told by the shape they make, however the
+exporter had that shape computed. This is value numbering (Alpern, Wegman, Zadeck 1988) with digests for numbers.
 """
 
 import hashlib
@@ -12,12 +13,14 @@ from collections.abc import Mapping, Sequence
 import onnx
 import onnx_ir as oir
 
+from onnxmerge.ir.sizes import sizes_of
 from onnxmerge.ir.stored import digest
 
 _STANDARD = {"", "ai.onnx", "ai.onnx.ml"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 _COMMUTATIVE = {"Add", "Mul", "Sum", "Mean", "Equal", "And", "Or", "Xor", "BitwiseAnd", "BitwiseOr", "BitwiseXor"}
 """With two operands, bit for bit. Min and Max are not among them: max(0, -0) may be either zero."""
+_RESHAPES = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 _WINDOWS = {"Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool", "LpPool"}
 _NEUTRAL = {"dilations": 1, "strides": 1, "pads": 0}
 """Attributes of windowed operators whose default the operator's text tells, not its schema."""
@@ -31,6 +34,18 @@ def is_random(node: oir.Node) -> bool:
     if node.op_type == "BatchNormalization" and "training_mode" in node.attributes:
         return bool(node.attributes["training_mode"].as_int())
     return node.op_type in _RANDOM
+
+
+def is_copy(node: oir.Node) -> bool:
+    """Whether the node gives its first input as it is: Identity, a Dropout that drops nothing, a Cast to the same type."""
+    if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "Dropout":
+        return len(node.outputs) == 1 and not is_random(node)
+    if node.op_type == "Cast":
+        kind = node.inputs[0].dtype
+        return kind is not None and "to" in node.attributes and kind == node.attributes["to"].as_int()
+    return node.op_type == "Identity"
 
 
 def draws_numbers(model: oir.Model) -> bool:
@@ -48,6 +63,7 @@ class Digests:
     def __init__(self, opsets: Mapping[str, int]):
         self._opsets = opsets
         self._known: dict[oir.Value, bytes] = {}
+        self._unshaped: dict[oir.Value, oir.Value] = {}
         self._schemas: dict[tuple[str, str], dict[str, bytes | None]] = {}
         self._fresh = 0
 
@@ -63,7 +79,7 @@ class Digests:
 
     def add(self, node: oir.Node) -> bool:
         """Give the node's outputs their digests; False when it must not be merged with any other."""
-        found = self._node(node, self._known, 0)
+        found = self._reshape(node) or self._node(node, self._known, 0)
         for index, output in enumerate(node.outputs):
             self._known[output] = self._unique() if found is None else _hash(found, index.to_bytes(4, "little"))
         return found is not None
@@ -71,6 +87,18 @@ class Digests:
     def _unique(self) -> bytes:
         self._fresh += 1
         return _hash(b"unique", str(self._fresh).encode())
+
+    def _reshape(self, node: oir.Node) -> bytes | None:
+        """The digest of a node that only changes the shape, where all sizes but one are known: they decide that one."""
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type not in _RESHAPES or node.domain not in _STANDARD or source is None:
+            return None
+        (made,) = node.outputs
+        sizes = [size if isinstance(size, int) else -1 for size in sizes_of(made) or []]
+        if made.is_graph_output() or made.shape is None or sizes.count(-1) > 1 or 0 in sizes:
+            return None  # what an output declares, nobody has checked
+        self._unshaped[made] = self._unshaped.get(source, source)
+        return _hash(b"reshape", self.of(self._unshaped[made]), str(sizes).encode())
 
     def _node(self, node: oir.Node, known: dict[oir.Value, bytes], depth: int) -> bytes | None:
         if node.domain not in _STANDARD or is_random(node):

@@ -23,7 +23,8 @@ _MOST_NODES = 1_000_000
 """So many nodes may stand in a model when its functions are inlined; a few nested functions can make billions."""
 
 _POSITIVE = {"strides", "dilations", "kernel_shape", "group", "blocksize", "num_groups", "num_outputs", "hidden_size"}
-"""Attributes of the standard's operators by which runtimes divide."""
+"""Attributes of the standard's operators by which runtimes divide, some after squaring them."""
+_LARGEST = 2**31 - 1
 
 _FunctionId = tuple[str, str, str]
 
@@ -208,8 +209,9 @@ def _check_signature(node: onnx.NodeProto, opset: int) -> None:
             raise ModelError(f"{_called(node)} has the attribute {name!r}, which opset {opset} does not know")
         if attribute.type != wanted.attributes[name][0]:
             raise ModelError(f"the attribute {name!r} of {_called(node)} is of a wrong type")
-        if name in _POSITIVE and not attribute.ref_attr_name and min(attribute.ints or [attribute.i]) < 1:
-            raise ModelError(f"the attribute {name!r} of {_called(node)} holds a number below 1")
+        numbers = [] if name not in _POSITIVE or attribute.ref_attr_name else attribute.ints or [attribute.i]
+        if not all(1 <= number <= _LARGEST for number in numbers):
+            raise ModelError(f"the attribute {name!r} of {_called(node)} holds a number that is not in 1..{_LARGEST}")
     for name, (_, required) in wanted.attributes.items():
         if required and name not in own:
             raise ModelError(f"{_called(node)} lacks the attribute {name!r}")

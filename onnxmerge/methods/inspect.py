@@ -69,6 +69,7 @@ def _space(space: Space) -> dict[str, Any]:
     return {
         "name": space.name,
         "size": space.size,
+        "blocks": space.blocks,
         "weights": [_slots(slots) for slots in space.weights],
         "values": [slots.name for slots in space.values],
     }

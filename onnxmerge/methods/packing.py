@@ -63,7 +63,8 @@ def pack_graphs(models: Mapping[str, oir.Model], asked: Sequence[Sequence[Endpoi
     common.RemoveUnusedNodesPass()(merged)
     DeduplicateInitializers()(merged)
     MergeIdenticalNodes()(merged)
-    fold_stored(merged)
+    while fold_stored(merged):
+        infer_shapes(merged)
     DeduplicateInitializers()(merged)
     MergeIdenticalNodes()(merged)
     nodes = _name_shared(merged, list(models))
