@@ -10,11 +10,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as oir
 
+from onnxmerge.errors import ModelError
 from onnxmerge.ir.rules.registry import integer, optional, required
 from onnxmerge.ir.space import Slots, Space
 from onnxmerge.ir.weights import get_array
 from onnxmerge.passes.permute import slot_rows
-from onnxmerge.passes.prune import outer, per_axis
+from onnxmerge.passes.prune import Prune, outer, per_axis
 from onnxmerge.passes.resize import Sizes, sizes_of
 from onnxmerge.passes.roles import MOVES, read_axis, sums_over, why_not_alone
 
@@ -44,10 +45,26 @@ def dead_channels(model: oir.Model, spaces: Mapping[str, Space]) -> dict[str, np
         spaces: its channel spaces by name.
     """
     search = _Search(model, spaces)
-    dead = search.dead()
-    while search.spare(dead):
+    flags = search.dead()
+    while search.spare(flags):
         pass
-    return {name: np.flatnonzero(flags) for name, flags in dead.items() if flags.any()}
+    dead = {name: np.flatnonzero(own) for name, own in flags.items() if own.any()}
+    if _can_drop(model, spaces, dead):
+        return dead
+    chosen: dict[str, np.ndarray] = {}
+    for name, own in dead.items():
+        if _can_drop(model, spaces, chosen | {name: own}):
+            chosen[name] = own
+    return chosen
+
+
+def _can_drop(model: oir.Model, spaces: Mapping[str, Space], dead: Mapping[str, np.ndarray]) -> bool:
+    """Whether the network can follow, say where it cuts channels at places that it computes."""
+    try:
+        Prune({name: np.setdiff1d(np.arange(spaces[name].size), own) for name, own in dead.items()}, spaces)(model)
+    except ModelError:
+        return False
+    return True
 
 
 class _Search:

@@ -39,6 +39,8 @@ class Prune(oir.passes.FunctionalPass):
         for name, kept in self.keep.items():
             if name not in self.spaces:
                 raise ModelError(f"there is no channel space {name!r}")
+            if any(slots.name not in model.graph.initializers for slots in self.spaces[name].weights):
+                raise ModelError(f"{name!r} is a channel space of another network")
             if kept.ndim != 1 or len(kept) == 0:
                 raise ModelError(f"{name!r}: at least one channel must be kept")
             if kept[0] < 0 or kept[-1] >= self.spaces[name].size or (np.diff(kept) <= 0).any():

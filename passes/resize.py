@@ -104,7 +104,7 @@ def _set_size(graph: oir.Graph, node: oir.Node, index: int, axis: int, size: int
         array = np.array(get_array(target))
         if axis < len(array) and array[axis] not in keep:
             array[axis] = size
-            _replace(graph, node, index, array)
+            replace_constant(graph, node, index, array)
         return
     joined = target.producer()
     if joined is None or joined.op_type != "Concat":
@@ -118,11 +118,11 @@ def _set_size(graph: oir.Graph, node: oir.Node, index: int, axis: int, size: int
             array = np.array(get_array(part))
             if array[axis - start] not in keep:
                 array[axis - start] = size
-                _replace(graph, joined, number, array)
+                replace_constant(graph, joined, number, array)
         start += count
 
 
-def _replace(graph: oir.Graph, node: oir.Node, index: int, array: np.ndarray) -> None:
+def replace_constant(graph: oir.Graph, node: oir.Node, index: int, array: np.ndarray) -> None:
     """Give `node` the constant `array` as input `index`; other readers keep theirs."""
     value = required(node, index)
     if len(list(value.uses())) == 1:
@@ -144,7 +144,7 @@ def _split(graph: oir.Graph, node: oir.Node, maps: Maps, sizes: Sizes) -> None:
         return
     parts = np.array([len(_map(maps, sizes, value, axis)) for value in node.outputs], np.int64)
     if optional(node, 1) is not None:
-        _replace(graph, node, 1, parts)
+        replace_constant(graph, node, 1, parts)
         return
     node.attributes.pop("num_outputs", None)
     node.resize_inputs(2)
@@ -173,10 +173,10 @@ def _slice(graph: oir.Graph, node: oir.Node, maps: Maps, sizes: Sizes) -> None:
         stride = int(step[0]) if len(step) else 1
         stop = int(picked[-1]) + (1 if stride > 0 else -1)
         starts[number], ends[number], steps[number] = picked[0], stop if stop >= 0 else -_ANY_END, stride
-    _replace(graph, node, 1, starts)
-    _replace(graph, node, 2, ends)
+    replace_constant(graph, node, 1, starts)
+    replace_constant(graph, node, 2, ends)
     if optional(node, 4) is not None:
-        _replace(graph, node, 4, steps)
+        replace_constant(graph, node, 4, steps)
     elif (steps != 1).any():
         raise ModelError(f"{title(node)}: the channels it cuts out would no longer lie side by side")
 
@@ -190,7 +190,7 @@ def _gather(graph: oir.Graph, node: oir.Node, maps: Maps, sizes: Sizes) -> None:
     if indices.const_value is None or rank(indices) != 1:
         raise ModelError(f"{title(node)}: it picks channels by indices that are computed or not in a row")
     own = get_array(indices) % sizes[data.name or ""][axis]
-    _replace(graph, node, 1, _picked(node, maps, sizes, axis, own))
+    replace_constant(graph, node, 1, _picked(node, maps, sizes, axis, own))
 
 
 def _picked(node: oir.Node, maps: Maps, sizes: Sizes, axis: int, own: np.ndarray) -> np.ndarray:
@@ -215,7 +215,7 @@ def _pad(graph: oir.Graph, node: oir.Node, maps: Maps, sizes: Sizes) -> None:
         left, right = (int(amount) for amount in amounts[:, number])
         end = sizes[output.name or ""][axis] - right
         amounts[:, number] = [(result.source < left).sum(), (result.source >= end).sum()]
-    _replace(graph, node, 1, amounts.ravel())
+    replace_constant(graph, node, 1, amounts.ravel())
 
 
 _PICKING = {"Split": _split, "Slice": _slice, "Gather": _gather, "Pad": _pad}

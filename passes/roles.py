@@ -35,6 +35,8 @@ _FROM_AXIS = frozenset(("LayerNormalization", "RMSNormalization"))
 _OVER_CHANNELS = frozenset(("GroupNormalization", "MeanVarianceNormalization", "LRN"))
 LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 """Operators that sum channels times a weight."""
+_BY_SIZE = frozenset(("Reshape", "Expand", "Tile", "Resize", "Slice", "Split", "Pad"))
+"""Operators that are told sizes by other inputs than the first."""
 _SUMS = frozenset(("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"))
 
 
@@ -77,10 +79,12 @@ def why_not_alone(node: oir.Node, index: int, axes: Iterable[int]) -> str | None
     A layer that reads the axis with its weight counts as treating each by itself.
     """
     axes, op = set(axes), node.op_type
-    if not axes or op == "Shape":
+    if not axes:
         return None
     if node.domain not in ("", "ai.onnx"):
         return "it is of an unknown domain"
+    if op == "Shape":
+        return "the number of channels goes into a computation" if _becomes_number(node, axes) else None
     if op in _ELEMENTWISE or op in MOVES:
         return "channels lie in what says how it moves others" if op in MOVES - {"Concat"} and index > 0 else None
     if op in _ON_AXIS_1:
@@ -109,3 +113,39 @@ def _reduced(node: oir.Node) -> list[int]:
     if axes is None:
         return [] if integer(node, "noop_with_empty_axes", 0) else list(range(count))
     return axes
+
+
+def _becomes_number(shape: oir.Node, axes: set[int]) -> bool:
+    """Whether a size along `axes` that a Shape tells is turned into a floating-point number, as for a mean or a scale.
+
+    Sizes that say how to reshape follow by themselves.
+    """
+    entries = list(range(rank(required(shape, 0))))
+    end = integer(shape, "end", len(entries))
+    pending = [(shape.outputs[0], entries[integer(shape, "start", 0) : end], True)]
+    while pending:
+        value, entries, in_order = pending.pop()
+        for node, index in value.uses():
+            if index > 0 and node.op_type in _BY_SIZE:
+                continue
+            if node.op_type == "Cast" and oir.DataType(integer(node, "to", 0)).is_floating_point():
+                if axes & set(entries):
+                    return True
+                continue
+            picks = in_order and index == 0 and node.op_type in ("Gather", "Slice")
+            own = _chosen(node, entries) if picks else entries
+            known = picks or (in_order and node.op_type in ("Squeeze", "Unsqueeze", "Identity", "Cast"))
+            pending += [(output, own, known) for output in node.outputs]
+    return False
+
+
+def _chosen(node: oir.Node, entries: list[int]) -> list[int]:
+    """The entries that a Gather or a Slice picks; all of them when that is computed."""
+    constants = [v.const_value for v in node.inputs[1:] if v is not None]
+    given = [tensor.numpy() for tensor in constants if tensor is not None]
+    if len(given) < len(node.inputs) - 1:
+        return entries
+    if node.op_type == "Gather":
+        return [entries[int(place)] for place in given[0].ravel()]
+    starts, ends = (int(bound.item()) for bound in given[:2])
+    return entries[starts : ends : int(given[3].item()) if len(given) > 3 else 1]

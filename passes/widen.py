@@ -7,8 +7,9 @@ W_t in network t gets
     from a fixed axis (the input)     [W_1; ...; W_N]
     to a fixed axis (the output)      [a_1 W_1, ..., a_N W_N], bias sum_t a_t b_t
 
-so the last layers write the weighted mean of what the networks' last layers write. What follows them, such as a
-softmax, is applied to that mean: of a classifier with a softmax at its end, the logits are averaged. Groups of a
+so the last layers write the weighted mean of what the networks' last layers write. What follows them is applied to
+that mean: of a classifier that ends in a softmax the logits are averaged, of a generator that ends in a tanh what goes
+into it. In each space of the result a run of the first network's channels comes before that of the second. Groups of a
 convolution add up where the channels of each lie together, else each group becomes block-diagonal.
 
 This is the "big student" of Pašen and Boža, Merging of neural networks, section 2.1.
@@ -27,8 +28,17 @@ from onnxmerge.ir.labels import rank
 from onnxmerge.ir.normalise import infer_shapes
 from onnxmerge.ir.rules.registry import integer, optional, required
 from onnxmerge.ir.spaces import Spaces, find_spaces
-from onnxmerge.ir.weights import get_array, is_float, set_array
-from onnxmerge.passes.resize import AxisMap, Key, numbered, resize_constants, sizes_of, unchanged, verify
+from onnxmerge.ir.weights import get_array, is_float
+from onnxmerge.passes.resize import (
+    AxisMap,
+    Key,
+    numbered,
+    replace_constant,
+    resize_constants,
+    sizes_of,
+    unchanged,
+    verify,
+)
 from onnxmerge.passes.roles import MOVES, read_axis, title, why_not_alone
 from onnxmerge.passes.side_by_side import beside, joined, joined_groups, on_one_axis, side_by_side
 
@@ -97,6 +107,9 @@ class Widen(oir.passes.FunctionalPass):
             ModelError: the networks differ in more than their weights, or a node cannot work on the channels of all of
                 them side by side.
         """
+        for node in model.graph:
+            if any(a.type in (oir.AttributeType.GRAPH, oir.AttributeType.GRAPHS) for a in node.attributes.values()):
+                raise ModelError(f"{title(node)}: operators with graphs inside cannot be widened")
         widening = _Widening(model, _matched(model, self.others), self.weights)
         for node, target in zip(model.graph, widening.result.graph, strict=True):
             widening.visit(node, target)
@@ -151,17 +164,14 @@ class _Widening:
 
     def visit(self, node: oir.Node, target: oir.Node) -> None:
         """Widen one node: `target` stands for `node` in the result."""
-        if any(a.type in (oir.AttributeType.GRAPH, oir.AttributeType.GRAPHS) for a in node.attributes.values()):
-            raise ModelError(f"{title(node)}: operators with graphs inside cannot be widened")
-        if node.op_type == "Shape":  # sizes follow by themselves, or `verify` says that they do not
-            self._set(node, _Role(Kind.SAME))
-            return
         kinds = {self._role(value).kind for value in node.inputs if value is not None}
         carried = any((output.name or "", None) in self.numbers for output in node.outputs)
         if (Kind.WIDE in kinds or carried) and kinds & {Kind.MEAN, Kind.AFTER}:
             raise ModelError(f"{title(node)}: what is averaged over the networks meets what is not{self._frozen()}")
         if Kind.WIDE in kinds or carried:
             self._visit_wide(node, target)
+        elif node.op_type == "Shape":
+            self._set(node, _Role(Kind.SAME))
         elif kinds <= {Kind.SAME}:
             self._visit_same(node, target)
         else:
@@ -201,6 +211,9 @@ class _Widening:
             reason = why_not_alone(node, index, axes)
             if reason is not None:
                 raise ModelError(f"{title(node)}: {reason}, so networks side by side would mix")
+        if node.op_type == "Shape":  # sizes follow by themselves
+            self._set(node, _Role(Kind.SAME))
+            return
         if read_axis(node) is not None:
             self._visit_layer(node, target)
             return
@@ -240,10 +253,8 @@ class _Widening:
         arrays, groups, reads = self.arrays[weight.name or ""], integer(node, "group", 1), read_axis(node)
         assert reads is not None
         shape = arrays[0].shape
-        made = self._side(
-            output, (weight.name or "", (1 - reads,)), shape[1 - reads] * (groups if reads == 0 else 1), node
-        )
-        read = self._side(data, (weight.name or "", (reads,)), shape[reads] * (groups if reads == 1 else 1))
+        made = self._side(output, (weight.name or "", (1 - reads,)), shape[1 - reads] * (1 if reads else groups))
+        read = self._side(data, (weight.name or "", (reads,)), shape[reads] * (groups if reads else 1))
         carried = (output.name or "", None) in self.numbers
         if made is None or (carried and (made.parent < 0).any()):
             raise ModelError(f"{title(node)}: some of its channels keep their place and some do not{self._frozen()}")
@@ -259,13 +270,13 @@ class _Widening:
                 raise ModelError(f"{title(node)}: its groups cannot be put side by side")
             kernel, count = found
             target.attributes["group"] = oir.AttrInt64("group", count)
-        set_array(required(target, 1), kernel)
+        replace_constant(self.result.graph, target, 1, kernel)
         if bias is not None and bias.const_value is not None:
             channels = int(made.source.max()) + 1
             vectors = [np.broadcast_to(own, (*own.shape[:-1], channels)) for own in self.arrays[bias.name or ""]]
             joint = beside(vectors, vectors[0].ndim - 1, made, self.weights)
             assert joint is not None
-            set_array(required(target, 2), joint)
+            replace_constant(self.result.graph, target, 2, joint)
         if carried:
             self._set_wide(output, 1 if node.op_type.startswith("Conv") else rank(output) - 1)
         else:
@@ -299,7 +310,7 @@ class _Widening:
             return
         if joint is None:
             raise ModelError(f"{title(node)}: {name!r} differs between the networks where they have no channels")
-        set_array(required(target, index), joint)
+        replace_constant(self.result.graph, target, index, joint)
 
     # --- nodes before and after ---
 
@@ -328,7 +339,7 @@ class _Widening:
             mean = sum(
                 w * a.astype(np.float64) for w, a in zip(self.weights, self.arrays[value.name or ""], strict=True)
             )
-            set_array(required(target, index), np.asarray(mean))
+            replace_constant(self.result.graph, target, index, np.asarray(mean))
         sources = frozenset().union(*(role.sources for role in averaged.values()))
         if _is_linear(node, set(averaged)):
             if is_mean and len(sources) > 1:

@@ -98,7 +98,22 @@ def _rewrite(message, field, generator):
 
 def _other(field, value, message, generator):
     if field.type == field.TYPE_STRING:
-        names = ["", "x", "y", "v1", "v3", "c0", "Conv", "Reshape", "Slice", "Loop", "Gemm", "Concat", "MatMul", "Split"]
+        names = [
+            "",
+            "x",
+            "y",
+            "v1",
+            "v3",
+            "c0",
+            "Conv",
+            "Reshape",
+            "Slice",
+            "Loop",
+            "Gemm",
+            "Concat",
+            "MatMul",
+            "Split",
+        ]
         return names[generator.integers(len(names))]
     if field.type == field.TYPE_BYTES:
         return [b"", b"x", b"\xff\xfe"][generator.integers(3)]

@@ -190,12 +190,15 @@ def plant(model: oir.Model, reading: bool) -> None:
                 set_slots(model, slots, channels)
 
 
-def prune_dead(model: oir.Model) -> oir.Model:
+def pruning(model: oir.Model) -> Prune:
+    """The pass that drops the dead channels."""
     spaces = spaces_of(model)
     dead = dead_channels(model, spaces)
-    return Prune({name: np.setdiff1d(np.arange(spaces[name].size), own) for name, own in dead.items()}, spaces)(
-        model
-    ).model
+    return Prune({name: np.setdiff1d(np.arange(spaces[name].size), own) for name, own in dead.items()}, spaces)
+
+
+def prune_dead(model: oir.Model) -> oir.Model:
+    return pruning(model)(model).model
 
 
 def fewer_parameters(before: oir.Model, after: oir.Model) -> None:
@@ -251,6 +254,7 @@ def test_exact_pass_on_a_real_network(case, name, shared):
     check_exact(EXACT[case], load(shared(name)))
 
 
+@pytest.mark.slow
 def test_exact_passes_on_random_graphs():
     """What cannot be done is refused, and most can."""
     done = dict.fromkeys(EXACT, 0)
@@ -287,10 +291,13 @@ def test_the_harness_notices_channels_that_were_alive():
     [("flattened", "prune what is not read"), ("picked", "prune what is zero"), ("padded_shortcut", "widen")],
 )
 def test_the_proof_notices_sizes_that_did_not_follow(net, case, monkeypatch):
+    model = NETS[net]().model()
+    EXACT[case].prepare(model)
+    rewrite = Widen(siblings(model)) if case == "widen" else pruning(model)
     for module in (prune, widen):
         monkeypatch.setattr(module, "resize_constants", lambda *_: None)
     with pytest.raises(ModelError, match="channels come out in another order"):
-        check_exact(EXACT[case], NETS[net]().model())
+        rewrite(model)
 
 
 def test_the_proof_notices_channels_in_another_order(monkeypatch):
@@ -361,6 +368,23 @@ def test_operators_that_mix_channels_keep_them_and_cannot_be_pruned(op_type, axe
         Prune({"c0": np.array([0, 2, 3])}, spaces)(model)
 
 
+@pytest.mark.parametrize(("axis", "computes"), [(1, True), (2, False)], ids=["channels", "height"])
+def test_a_number_of_channels_that_is_computed_with_keeps_them(axis, computes):
+    net = Net()
+    x = net.relu(net.conv(net.input(["N", 3, "H", 8]), 4, bias=False))
+    count = net.op("Cast", net.op("Gather", net.op("Shape", x), net.ints(axis)), to=1)
+    net.head(net.op("Div", net.conv(x, 5), net.op("Sqrt", count)))
+    model = zeroed(net, "c0", 1)
+    spaces = spaces_of(model)
+    assert ("c0" not in dead_channels(model, spaces)) == computes
+    if computes:
+        with pytest.raises(ModelError, match=r"Shape .*number of channels"):
+            Prune({"c0": np.array([0, 2, 3])}, spaces)(model)
+        refused(net, "Shape .*number of channels")
+    else:
+        check_exact(EXACT["widen"], model)
+
+
 def test_all_readers_must_leave_a_channel_alone():
     net = Net()
     x = net.relu(net.conv(net.input(IMAGE), 4))
@@ -396,6 +420,19 @@ def test_groups_lose_equally_many_channels():
     check_exact(Case(prune_dead, after=fewer_parameters), model)
     with pytest.raises(ModelError, match=r"Conv .*groups would no longer be of equal size"):
         Prune({inputs[0].name: np.arange(1, 4)}, spaces)(model)
+
+
+def test_what_cannot_be_dropped_is_not_listed():
+    net = Net()
+    x = net.relu(net.conv(net.input(["N", 3, "H", 8]), 6, bias=False))
+    half = net.op("Div", net.op("Gather", net.op("Shape", x), net.ints(1)), net.ints(2))
+    part = net.op("Slice", x, net.ints(0), half, net.ints(1), channels=3)
+    net.head(net.relu(net.conv(part, 4)))
+    model = zeroed(net, "c0", 1)
+    space = spaces_of(model)["c0"]
+    assert dead_channels(model, spaces_of(model)) == {}
+    with pytest.raises(ModelError, match=r"Slice .*places that are computed"):
+        Prune({"c0": np.delete(np.arange(space.size), 1)}, spaces_of(model))(model)
 
 
 def test_a_shuffle_takes_equal_rows_only():
@@ -446,6 +483,19 @@ def test_two_networks_count_alike_and_groups_add_up():
     assert [2 * count if count > 1 else 1 for count in groups[0]] == groups[1]
 
 
+@pytest.mark.parametrize("build", [chain, residual, mobile, grouped, flattened])
+def test_half_of_a_widened_network_has_the_size_of_one(build):
+    model = build().model()
+    widened = Widen(siblings(model)[:1])(model).model
+    spaces = spaces_of(widened)
+    half = Prune({name: np.arange(space.size // 2) for name, space in spaces.items()}, spaces)(widened).model
+    shapes = [[value.shape for value in network.graph.initializers.values()] for network in (model, half)]
+    if build is not grouped:  # its groups have gone from 2 to 4, of which 2 stay
+        assert shapes[0] == shapes[1]
+    assert parameter_count(half) == parameter_count(model)
+    assert all(np.isfinite(array).all() for array in execute(half, feeds_for(model)).values())
+
+
 def test_logits_are_averaged_before_a_final_softmax():
     net = dense()
     logits = net.outputs.pop().name
@@ -457,6 +507,14 @@ def test_logits_are_averaged_before_a_final_softmax():
     mean = np.exp(np.mean(outputs, axis=0))  # each differs from its logits by one number for each sample
     (got,) = execute(Widen(others)(model).model, feeds).values()
     np.testing.assert_allclose(got, mean / mean.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_a_scalar_that_two_layers_share_becomes_two_arrays():
+    net = Net()
+    slope = net.uniform(1, low=0, high=1)
+    x = net.op("PRelu", net.conv(net.input(IMAGE), 4), slope)
+    net.head(net.op("PRelu", net.conv(x, 6), slope))
+    check_exact(EXACT["widen"], net.model())
 
 
 def refused(net: Net, message: str) -> None:

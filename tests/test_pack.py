@@ -464,13 +464,85 @@ def test_random_operators_are_told_and_not_compared(tmp_path: Path) -> None:
     assert any("a draws random numbers" in note for note in result.notes)
 
 
-def test_outputs_that_are_inputs_or_weights(tmp_path: Path) -> None:
+def passing_through() -> onnx.ModelProto:
+    """Its outputs: a computed value, the input itself, and a weight."""
     net = Net()
-    net.input(["N", 4])
-    net.output(net.op("Identity", "x", name="copy"), net.op("Identity", net.normal(3), name="weight"))
-    paths = write(tmp_path, a=net, b=net)
-    packed = pack(paths, separate_inputs=True)
+    x, weight = net.input(["N", 4]), net.normal(3)
+    net.output(net.relu(x))
+    proto = net.proto()
+    proto.graph.output.append(proto.graph.input[0])
+    proto.graph.output.append(helper.make_tensor_value_info(weight, TensorProto.FLOAT, [3]))
+    return proto
+
+
+def test_unknown_operators_cannot_be_compared_but_packed(tmp_path: Path) -> None:
+    def build() -> onnx.ModelProto:
+        net = Net()
+        net.input(["N", 3])
+        net.output(net.op("Thing", net.relu("x"), domain="my.company"))
+        proto = net.proto(infer=False)
+        proto.opset_import.append(helper.make_opsetid("my.company", 1))
+        return proto
+
+    paths = write(tmp_path, a=build(), b=build())
+    result = onnxmerge.pack_models(paths, tmp_path / "packed.onnx", threads=1)
+    assert operators(tmp_path / "packed.onnx") == ["Relu", "Thing", "Thing"]
+    assert any("Nothing was compared" in note and "my.company" in note for note in result.notes)
+    assert result.candidates[0].tasks == {}
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_outputs_that_are_inputs_or_weights(separate: bool, tmp_path: Path) -> None:
+    paths = write(tmp_path, a=passing_through(), b=passing_through())
+    packed = pack(paths, separate_inputs=separate)
+    assert names(onnx.load(packed).graph.output) == ["a/v1", "a/x", "a/c0", "b/v1", "b/x", "b/c0"]
     assert_same_bits(packed, paths)
+    back = onnx.load(extracted(packed, "b"))
+    assert (names(back.graph.input), names(back.graph.output)) == (["x"], ["v1", "x", "c0"])
+
+
+def test_a_task_may_be_called_like_our_own_prefix(tmp_path: Path) -> None:
+    paths = write(tmp_path, shared=classifier(1, 5), b=classifier(2, 3))
+    packed = pack(paths)
+    assert operators(packed) == [*BACKBONE, *["Gemm", "Softmax"] * 2]
+    assert_same_bits(packed, paths)
+
+
+def test_functions_are_inlined(tmp_path: Path) -> None:
+    def build(last: str) -> onnx.ModelProto:
+        twice = helper.make_function(
+            "local", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [helper.make_opsetid("", 18)]
+        )
+        net = Net()
+        net.input(["N", 3])
+        net.output(net.op(last, net.op("Twice", "x", domain="local")))
+        proto = net.proto(infer=False)
+        proto.opset_import.append(helper.make_opsetid("local", 1))
+        proto.functions.append(twice)
+        return proto
+
+    paths = write(tmp_path, a=build("Relu"), b=build("Tanh"))
+    packed = pack(paths)
+    assert operators(packed) == ["Add", "Relu", "Tanh"]
+    assert_same_bits(packed, paths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet_basic", "yolo", "lstm"])
+def test_exports_of_one_network_at_several_opsets_are_one(name: str, tmp_path: Path) -> None:
+    """With any batch and with a batch of 1; also norms unfolded, weights transposed and initializers as inputs."""
+    from zoo.exporting import export
+
+    shared = {}
+    for exporter, opsets in {"legacy": (11, 13, 17), "unfolded": (12, 16)}.items():
+        paths = [tmp_path / f"{exporter}{opset}.onnx" for opset in opsets]
+        for path, opset in zip(paths, opsets, strict=True):
+            export(name, exporter, opset, path)
+        result = onnxmerge.pack_models(paths, tmp_path / f"{exporter}.onnx", threads=1)
+        (candidate,) = result.candidates
+        assert max(score.relative_error or 0.0 for score in candidate.tasks.values()) < 1e-6
+        shared[exporter] = candidate.bytes / max(record.bytes for record in result.inputs)
+    assert max(shared.values()) < 1.1, shared
 
 
 # --- extract ----------------------------------------------------------------------------------------------------------

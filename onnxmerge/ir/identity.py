@@ -37,7 +37,7 @@ def is_random(node: oir.Node) -> bool:
 
 
 def is_copy(node: oir.Node) -> bool:
-    """Whether the node gives its first input as it is: Identity, a Dropout that drops nothing, a Cast to the same type."""
+    """Whether the node hands on its first input: Identity, a Dropout that drops nothing, a Cast to the same type."""
     if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
         return False
     if node.op_type == "Dropout":

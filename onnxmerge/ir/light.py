@@ -1,8 +1,7 @@
 """The light normal form: what two exports of one network can be compared in, while everything is stored as it was.
 
 Functions are inlined; constants are initializers of the main graph, and no inputs; nodes are in topological order;
-every output is made by a node of its own; names are unique. Unlike `normalise`, nothing is computed, no weight is read
-from disk and none is copied.
+names are unique. Unlike `normalise`, nothing is computed, no weight is read from disk and none is copied.
 """
 
 import os
@@ -42,7 +41,6 @@ def read_light(path: str | os.PathLike[str]) -> oir.Model:
         reason = str(error.__cause__ or error).splitlines()
         raise ModelError(f"{path}: cannot be brought to normal form: {reason[0] if reason else error!r}") from error
     model.ir_version = max(model.ir_version or 0, _IR_VERSION)
-    _give_outputs_nodes(model.graph)
     common.NameFixPass()(model)
     return model
 
@@ -58,12 +56,15 @@ def raise_light_opset(model: oir.Model, opset: int) -> None:
         raise_opset(model, opset)
 
 
-def _give_outputs_nodes(graph: oir.Graph) -> None:
-    """Put an Identity before each output that is an input, an initializer, or an earlier output."""
+def give_outputs_nodes(graph: oir.Graph) -> None:
+    """Put an Identity before each output that is an input, an initializer, or an earlier output.
+
+    It has the name of what it copies, so that other names must be found for inputs before the graph is valid again.
+    """
     seen: set[oir.Value] = set()
     for index, output in enumerate(graph.outputs):
         if output.producer() is None or output in seen:
-            copy = oir.node("Identity", [output])
+            copy = oir.node("Identity", [output], name=f"{output.name}/Identity")
             (value,) = copy.outputs
             value.name, value.shape, value.type = output.name, output.shape, output.type
             graph.append(copy)

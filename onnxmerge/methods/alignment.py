@@ -92,7 +92,8 @@ def find_sharable(tasks: Sequence[Network]) -> Sharable:
     if cuts:
         last = cuts[-1].unit.cut
         sharable.stem = cut_out(reference.model, reference.inputs, [last])
-        sharable.spaces = find_spaces(sharable.stem, frozenset([last])).permutable()
+        found = find_spaces(sharable.stem, frozenset([last])).permutable()
+        sharable.spaces = [space for space in found if not space.blocks]  # blocks keep their order, what is in them not
     return sharable
 
 

@@ -60,6 +60,7 @@ def extract_task(
     for value in own:
         value.name = (value.name or "").removeprefix(f"{task}/")
     MergeIdenticalNodes()(model)
+    _pass_inputs_through(graph)
     common.NameFixPass()(model)
     _restore_metadata(model, task, Path(merged))
     save(model, target, beside=beside)
@@ -84,6 +85,16 @@ def _restore_inputs(graph: oir.Graph, task: str, metadata: Mapping[str, str]) ->
     graph.inputs.extend(dict.fromkeys(kept.values()))
     for name, value in kept.items():
         value.name = name
+
+
+def _pass_inputs_through(graph: oir.Graph) -> None:
+    """Let an output that copies the input of its name be that input, as it was in the original."""
+    for index, value in enumerate(graph.outputs):
+        producer = value.producer()
+        source = producer.inputs[0] if producer is not None and producer.op_type == "Identity" else None
+        if producer is not None and source in graph.inputs and source is not None and source.name == value.name:
+            graph.outputs[index] = source
+            graph.remove(producer, safe=True)
 
 
 def _restore_metadata(model: oir.Model, task: str, merged: Path) -> None:

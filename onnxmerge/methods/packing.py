@@ -9,7 +9,7 @@ from onnx_ir.passes import common
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.compose import move
 from onnxmerge.ir.fold_stored import fold_stored
-from onnxmerge.ir.light import raise_light_opset
+from onnxmerge.ir.light import give_outputs_nodes, raise_light_opset
 from onnxmerge.ir.normalise import infer_shapes
 from onnxmerge.ir.reach import needed, reads
 from onnxmerge.ir.sizes import Equalities, rename_sizes, sizes_of
@@ -92,6 +92,7 @@ def _join(models: Mapping[str, oir.Model]) -> oir.Model:
                 )
             graph.opset_imports[domain] = version
         PrefixNames(f"{task}/")(model)
+        give_outputs_nodes(model.graph)
         ir_version = max(ir_version, model.ir_version or 0)
         inputs, outputs = list(model.graph.inputs), list(model.graph.outputs)
         model.graph.inputs.clear()

@@ -1,15 +1,17 @@
 """Does a packed model give what its originals give? Both run in onnxruntime on made-up inputs."""
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxmerge.errors import ModelError, OnnxMergeError
+from onnxmerge.errors import ModelError, OnnxMergeError, UsageError
 from onnxmerge.runtime.session import open_session, random_feeds, run
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 _BATCHES = (2, 1)
 """Sizes tried for a symbolic first axis: some exports run at batch 1 only."""
@@ -47,10 +49,22 @@ def compare(
         The differences by task, and one sentence for each task that could not be compared.
 
     Raises:
-        ModelError: onnxruntime refuses the packed model, or cannot run it on inputs that an original bears.
-        UsageError: inputs cannot be made up for one of the types.
+        ModelError: onnxruntime refuses the packed model, or cannot run it, but bears the originals.
     """
-    feeds, outputs, failure = _run_packed(packed, seed, threads)
+    try:
+        session = open_session(packed, threads=threads)
+    except OnnxMergeError as error:
+        for original in originals.values():
+            try:
+                open_session(original.path, threads=threads)
+            except OnnxMergeError as refused:
+                return {}, [f"Nothing was compared: {refused}."]
+        raise ModelError(f"{packed.name}: {str(error).removeprefix(f'{packed}: ')}") from error
+    try:
+        feeds, outputs, failure = _run_packed(session, seed)
+    except UsageError as error:
+        return {}, [f"Nothing was compared: {error}."]
+    del session  # one at a time is in memory
     found: dict[str, Difference] = {}
     notes = []
     for task, original in originals.items():
@@ -63,15 +77,13 @@ def compare(
         if failure is not None:
             raise ModelError(f"{packed.name}: {failure}, but {original.path} runs on the same inputs") from failure
         found[task] = _difference({name: outputs[f"{task}/{name}"] for name in expected}, expected)
-        gc.collect()  # a session is gone before the next is opened
     return found, notes
 
 
 def _run_packed(
-    packed: Path, seed: int, threads: int | None
+    session: "onnxruntime.InferenceSession", seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], OnnxMergeError | None]:
     """Made-up inputs, the outputs on them, and the last error when no batch size works."""
-    session = open_session(packed, threads=threads)
     failure: OnnxMergeError | None = None
     for batch in _BATCHES:
         feeds = random_feeds(session, batch, seed)

@@ -121,8 +121,9 @@ ZOO: dict[str, Entry] = {
 }
 
 
+_OLDEST = {"einsum": 12, "learned_queries": 14}
 ZOO |= {
-    name: Entry(partial(Around, block), {"image": (3, 20, 20)}, "unusual", oldest=12 if name == "einsum" else 11)
+    name: Entry(partial(Around, block), {"image": (3, 20, 20)}, "unusual", oldest=_OLDEST.get(name, 11))
     for name, block in BLOCKS.items()
 }
 

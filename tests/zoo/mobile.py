@@ -132,7 +132,7 @@ class ShuffleNetV2(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
             *(ConvNorm(3, 14, 3, 2), nn.MaxPool2d(3, 2, 1)),
-            *(_ShuffleUnit(14, 28, 2), _ShuffleUnit(28, 28, 1), _ShuffleUnit(28, 28, 1)),
-            *(_ShuffleUnit(28, 52, 2), _ShuffleUnit(52, 52, 1)),
+            *(_ShuffleUnit(14, 28, 2), *(_ShuffleUnit(28, 28, 1) for _ in range(4))),
+            *(_ShuffleUnit(28, 52, 2), *(_ShuffleUnit(52, 52, 1) for _ in range(4))),
             *(ConvNorm(52, 90, 1), PooledClassifier(90)),
         )

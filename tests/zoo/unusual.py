@@ -181,6 +181,78 @@ class _TemporalBranch(nn.Module):
         return (functional.glu(y, dim=1)).view_as(x)
 
 
+class _LearnedQueries(nn.Module):
+    """DETR, Perceiver: learned queries read the map by attention, and the map reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(7, WIDTH))
+        self.read = nn.MultiheadAttention(WIDTH, 3, batch_first=True)
+        self.write = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x.flatten(2).transpose(1, 2)
+        queries = self.queries.unsqueeze(0).expand(x.size(0), -1, -1)
+        read = self.norm(queries + self.read(queries, places, places)[0])
+        return x + self.write(places, read, read)[0].transpose(1, 2).view_as(x)
+
+
+class _Siamese(nn.Module):
+    """One set of layers applied twice, and the difference of what they say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(ConvNorm(WIDTH, 18), nn.Conv2d(18, WIDTH // 2, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.shared(x), self.shared(x.flip(3))
+        return torch.cat([(left - right).abs(), left * right], 1)
+
+
+class _Patchwise(nn.Module):
+    """MobileViT: the map unfolded into 2x2 patches, dense layers over [batch, places, patches, channels], folded back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.dense = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        y = x.reshape(batch * channels * height // 2, 2, width // 2, 2).transpose(1, 2)
+        y = y.reshape(batch, channels, height * width // 4, 4).transpose(1, 3)
+        y = (y + torch.tanh(self.dense(self.norm(y)))).transpose(1, 3)
+        y = y.reshape(batch * channels * height // 2, width // 2, 2, 2).transpose(1, 2)
+        return y.reshape(batch, channels, height, width)
+
+
+class _RecurrentRows(nn.Module):
+    """Every row read from both sides by a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(batch * height, width, channels)
+        return self.gru(rows)[0].view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class _WeightedSum(nn.Module):
+    """BiFPN: maps summed with learned positive weights that add up to one; a pooled map among them, upsampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(2))
+        self.conv = ConvNorm(WIDTH, WIDTH, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.relu(self.weights)
+        weights = weights / (weights.sum() + 1e-4)
+        return weights[0] * x + weights[1] * functional.interpolate(self.conv(x), size=x.shape[2:])
+
+
 def _einsum(x: Tensor) -> Tensor:
     """Gram matrix of the channels applied to them, by Einsum."""
     gram = torch.einsum("bchw,bdhw->bcd", x, x) / (x.size(2) * x.size(3))
@@ -203,7 +275,7 @@ def _ranked(x: Tensor) -> Tensor:
     return x * (x >= least).to(x.dtype)
 
 
-def _scattered_mask(x: Tensor) -> Tensor:
+def _chosen_channels(x: Tensor) -> Tensor:
     """Channels by a list of indices: some twice, some never."""
     order = [5, 3, 3, 0, *range(4, WIDTH)]
     return x[:, order]
@@ -223,6 +295,12 @@ BLOCKS: dict[str, Callable[[], nn.Module | Callable[[Tensor], Tensor]]] = {
     "unshuffle": _Unshuffle,
     "normalised": _Normalised,
     "temporal_branch": _TemporalBranch,
+    "learned_queries": _LearnedQueries,
+    "siamese": _Siamese,
+    "patchwise": _Patchwise,
+    "recurrent_rows": _RecurrentRows,
+    "weighted_sum": _WeightedSum,
+    "gated": lambda: lambda x: functional.glu(torch.cat([x, x.roll(1, 3)], 1), dim=1),
     "local_response_norm": lambda: nn.LocalResponseNorm(5, alpha=1.0),
     "one_group_norm": lambda: nn.GroupNorm(1, WIDTH),
     "softmax_over_channels": lambda: nn.Softmax(dim=1),
@@ -235,7 +313,7 @@ BLOCKS: dict[str, Callable[[], nn.Module | Callable[[Tensor], Tensor]]] = {
     "maxout": lambda: _maxout,
     "first_half_twice": lambda: _first_half_twice,
     "ranked": lambda: _ranked,
-    "scattered_mask": lambda: _scattered_mask,
+    "chosen_channels": lambda: _chosen_channels,
     "swapped_axes": lambda: lambda x: x * x.mean((2, 3)).unsqueeze(1).unsqueeze(1).mean(3, keepdim=True),
     "largest_index": lambda: lambda x: x * (1 + x.argmax(1, keepdim=True).to(x.dtype) / WIDTH),
     "standardised": lambda: lambda x: (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 0.1),
