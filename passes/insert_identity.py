@@ -9,7 +9,7 @@ Behind a value x = f(z), with f idempotent (f(f(z)) = f(z), such as ReLU) or no 
 A batch norm in it has scale 1, shift 0, mean 0 and variance 1 - epsilon, so that it multiplies by exactly 1. W1 is not
 zero, as in CLAFusion, but the identity: with two zero layers no gradient would ever reach either.
 
-Sources: CLAFusion (Nguyen et al.), section 2.3, and Net2Net (Chen et al. 2016), "deeper".
+Sources: CLAFusion (Nguyen et al.), section 3.2, and Net2Net (Chen et al. 2016), "deeper".
 """
 
 from dataclasses import dataclass

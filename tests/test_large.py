@@ -92,7 +92,7 @@ def test_a_pair_beyond_2_gb_within_300_mb_of_memory(folder: Path) -> None:
     expected = {path.stem: run(open_session(path, threads=1), tokens)["y"] for path in (first, second)}
 
     packed = folder / "packed.onnx"
-    assert PEAK_MB >= peak_mb("pack", first, second, "-o", packed, "--no-check")
+    assert peak_mb("pack", first, second, "-o", packed, "--no-check") <= PEAK_MB
     assert 2 * TABLE_BYTES <= packed.with_name("packed.onnx.data").stat().st_size < 2.001 * TABLE_BYTES
     proto = onnx.load(packed, load_external_data=False)
     assert sorted(node.op_type for node in proto.graph.node) == ["ArgMax", "Gather", "MatMul", "Softmax"]
@@ -102,6 +102,6 @@ def test_a_pair_beyond_2_gb_within_300_mb_of_memory(folder: Path) -> None:
 
     second.with_suffix(".bin").unlink()
     back = folder / "back.onnx"
-    assert PEAK_MB >= peak_mb("extract", packed, "--task", "soft", "-o", back)
+    assert peak_mb("extract", packed, "--task", "soft", "-o", back) <= PEAK_MB
     packed.with_name("packed.onnx.data").unlink()
     np.testing.assert_array_equal(run(open_session(back, threads=1), tokens)["y"], expected["soft"])

@@ -29,15 +29,16 @@ def correspond(first: oir.Model, second: oir.Model, *, same_sizes: bool = True) 
     for left, right in zip(first.graph.inputs, second.graph.inputs, strict=True):
         found.values[left.name or ""] = right.name or ""
     by_name = {v.name: v for node in second.graph for v in node.outputs} | {v.name: v for v in second.graph.inputs}
+    position = {node: number for number, node in enumerate(second.graph)}
     taken: set[oir.Node] = set()
     for node in first.graph:
         computed = [v for v in node.inputs if v is not None and v.const_value is None]
         if not computed or any(v.name not in found.values for v in computed):
             continue
         source = by_name[found.values[computed[0].name or ""]]
-        candidates = [c for c in dict.fromkeys(n for n, _ in source.uses()) if c not in taken]
+        candidates = [c for c in dict.fromkeys(n for n, _ in source.uses()) if c in position and c not in taken]
         reasons = []
-        for candidate in sorted(candidates, key=second.graph.index):
+        for candidate in sorted(candidates, key=position.__getitem__):
             reason = _difference(node, candidate, found, same_sizes)
             if reason is None:
                 _pair(node, candidate, found)

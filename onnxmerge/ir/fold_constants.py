@@ -35,19 +35,36 @@ _GROWTH = 8
 """All folded constants together may take `_LIMIT_BYTES` and this many times what the model stores (int4 to float32)."""
 
 
-def fold_constants(model: oir.Model, keep: Container[str] = ()) -> None:
-    """Replace constant nodes by initializers, in place; nodes that read an initializer in `keep` stay."""
-    graph = model.graph
-    outputs = set(graph.outputs)
-    opset = model.opset_imports.get("", 1)
-    budget = _LIMIT_BYTES + _GROWTH * sum(
-        v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None
-    )
-    for node in list(graph):
-        arrays = _evaluate(node, opset, budget) if _foldable(node, outputs, keep) else None
+def fold_constants(model: oir.Model) -> None:
+    """Replace constant nodes by initializers, in place."""
+    folder = Folder(model)
+    for node in list(model.graph):
+        folder.fold(node)
+
+
+class Folder:
+    """Folds the nodes of one graph, one at a time in topological order.
+
+    Args:
+        model: changes in place.
+        keep: nodes that read an initializer in it stay.
+    """
+
+    def __init__(self, model: oir.Model, keep: Container[str] = ()):
+        self._graph = model.graph
+        self._outputs = set(model.graph.outputs)
+        self._opset = model.opset_imports.get("", 1)
+        self._keep = keep
+        stored = [v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None]
+        self._budget = _LIMIT_BYTES + _GROWTH * sum(stored)
+
+    def fold(self, node: oir.Node) -> bool:
+        """Replace `node` by initializers if it is constant; whether it was."""
+        foldable = _foldable(node, self._outputs, self._keep)
+        arrays = evaluate(node, self._opset, self._budget) if foldable else None
         if arrays is None:
-            continue
-        budget -= sum(array.nbytes for array in arrays)
+            return False
+        self._budget -= sum(array.nbytes for array in arrays)
         for value, array in zip(node.outputs, arrays, strict=True):
             name = value.name or ""
             value.name = f"{name}__computed"
@@ -55,11 +72,12 @@ def fold_constants(model: oir.Model, keep: Container[str] = ()) -> None:
             constant = oir.Value(
                 name=name, shape=oir.Shape(array.shape), type=oir.TensorType(tensor.dtype), const_value=tensor
             )
-            graph.register_initializer(constant)
+            self._graph.register_initializer(constant)
             value.replace_all_uses_with(constant)
         sources = [value for value in node.inputs if value is not None]
-        graph.remove(node, safe=True)
-        _drop_unread(graph, sources)
+        self._graph.remove(node, safe=True)
+        _drop_unread(self._graph, sources)
+        return True
 
 
 def _drop_unread(graph: oir.Graph, values: Sequence[oir.Value]) -> None:
@@ -82,7 +100,7 @@ def _foldable(node: oir.Node, graph_outputs: set[oir.Value], keep: Container[str
     return all(v is None or (v.const_value is not None and v.name not in keep) for v in node.inputs)
 
 
-def _evaluate(node: oir.Node, opset: int, budget: int = _LIMIT_BYTES) -> list[np.ndarray] | None:
+def evaluate(node: oir.Node, opset: int, budget: int = _LIMIT_BYTES) -> list[np.ndarray] | None:
     """The outputs of a constant node, or None where onnx has no answer or they take more than `budget` bytes."""
     if node.op_type == "Shape":
         whole = np.array(list(node.inputs[0].shape), dtype=np.int64)  # type: ignore[union-attr, arg-type]

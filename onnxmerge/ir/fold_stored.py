@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.fold_constants import _evaluate
+from onnxmerge.ir.fold_constants import evaluate
 
 _MOVING = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Slice", "Gather", "Split"}
 _SPREADING = {"Expand", "Tile", "ConstantOfShape", "Range"}
@@ -61,7 +61,7 @@ def _fold(node: oir.Node, opset: int, allowed: int) -> list[oir.TensorProtocol] 
     alone = oir.Node("", node.op_type, sources, list(node.attributes.values()), num_outputs=len(node.outputs))
 
     def compute() -> list[oir.TensorProtocol] | None:
-        arrays = _evaluate(alone, opset, allowed)
+        arrays = evaluate(alone, opset, allowed)
         copies = None if arrays is None else [oir.tensor(np.array(array, order="C")) for array in arrays]
         del arrays  # views of a mapped file, which could not be closed before they are gone
         for source in sources:
@@ -89,7 +89,7 @@ def _exact(node: oir.Node) -> bool:
         return False
     if node.op_type == "Shape":
         source = node.inputs[0]
-        return source is not None and source.shape is not None and all(isinstance(d, int) for d in source.shape)
+        return source is not None and source.shape is not None and all(isinstance(size, int) for size in source.shape)
     found = [value.const_value for value in node.inputs if value is not None]
     tensors = [tensor for tensor in found if tensor is not None]
     if len(tensors) < len(found) or (not tensors and node.op_type not in _SPREADING):

@@ -31,8 +31,6 @@ def is_random(node: oir.Node) -> bool:
     if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
         training = node.inputs[2].const_value
         return training is None or bool(training.numpy())
-    if node.op_type == "BatchNormalization" and "training_mode" in node.attributes:
-        return bool(node.attributes["training_mode"].as_int())
     return node.op_type in _RANDOM
 
 

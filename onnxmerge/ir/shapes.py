@@ -5,11 +5,12 @@ import math
 import onnx
 import onnx_ir as oir
 
+from onnxmerge.ir.infer_node import makes_negative_size
 from onnxmerge.ir.labels import dims
 
 _READ_BYTES = 1 << 12
 """Constants up to here go along, since shapes may depend on what they hold (targets of Reshape, bounds of Slice)."""
-_SAME_SHAPE = {"GroupNormalization", "MeanVarianceNormalization"}
+SAME_SHAPE = {"GroupNormalization", "MeanVarianceNormalization"}
 """Operators for which onnx has no inference and whose output has the shape of their first input."""
 
 
@@ -19,19 +20,30 @@ def infer_shapes(model: oir.Model) -> None:
     Where onnx sees a contradiction, what lies behind it stays without a shape, so that its channels keep their order:
     onnxruntime, which is less strict, has the last word on whether such a model runs.
     """
-    if not shapes_agree(model):
+    if _forget(model) and not _infer(model, strict=True):
         _infer(model, strict=False)
 
 
 def shapes_agree(model: oir.Model) -> bool:
     """Infer every shape afresh; False when there is a contradiction, and no shapes when onnx itself sees it."""
-    computed = [v for node in model.graph if node.domain == "" for v in node.outputs if not v.is_graph_output()]
-    for value in computed:  # only the exporter knew the shapes that operators of other domains make
-        value.shape = None
-    return _infer(model, strict=True) and all(_keeps_count(node) for node in model.graph if node.op_type == "Reshape")
+    if not _forget(model) or not _infer(model, strict=True):
+        return False
+    return all(keeps_count(node) for node in model.graph if node.op_type == "Reshape")
 
 
-def _keeps_count(node: oir.Node) -> bool:
+def _forget(model: oir.Model) -> bool:
+    """Drop all shapes but those that operators of other domains make, which only the exporter knew.
+
+    False for a graph with a negative size, for which onnx would end the process.
+    """
+    for node in model.graph:
+        for value in node.outputs if node.domain == "" else ():
+            if not value.is_graph_output():
+                value.shape = None
+    return makes_negative_size(model.graph) is None
+
+
+def keeps_count(node: oir.Node) -> bool:
     """Whether a Reshape keeps the number of elements, which onnx takes on trust."""
     sizes = [
         dims(value) for value in (node.inputs[0], node.outputs[0]) if value is not None and value.shape is not None
@@ -76,7 +88,7 @@ def _without_weights(model: oir.Model) -> onnx.ModelProto:
             graph.input.append(onnx.helper.make_tensor_value_info(value.name or "", tensor.dtype.value, tensor.shape))
     for node in model.graph:
         graph.node.append(oir.serde.serialize_node(node))
-        if node.op_type in _SAME_SHAPE and node.domain == "":
+        if node.op_type in SAME_SHAPE and node.domain == "":
             stand_in = graph.node[-1]
             stand_in.op_type = "Identity"
             del stand_in.input[1:], stand_in.attribute[:]

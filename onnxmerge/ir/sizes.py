@@ -31,6 +31,12 @@ class Equalities:
     def __init__(self) -> None:
         self._parent: dict[str, int | str] = {}
 
+    def copy(self) -> "Equalities":
+        """The same equalities, to be tried with others."""
+        other = Equalities()
+        other._parent = dict(self._parent)
+        return other
+
     def find(self, size: int | str) -> int | str:
         """The number that `size` is equal to, else the first of the symbols that are equal to it."""
         while isinstance(size, str) and size in self._parent:

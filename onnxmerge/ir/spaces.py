@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as oir
 
+from onnxmerge.errors import ModelError
 from onnxmerge.ir.concrete import with_sizes
 from onnxmerge.ir.labels import Frozen, Trace, carries, dims
 from onnxmerge.ir.partition import collect
@@ -52,7 +53,11 @@ def _apply_rule(node: oir.Node, trace: Trace) -> None:
     rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     reached = [trace.label(v) for v in node.inputs if v is not None] + [trace.label(v) for v in captured]
     if rule is not None and not captured and not any(_unsized(v) for v in [*node.inputs, *node.outputs]):
-        rule(node, trace)
+        try:
+            rule(node, trace)
+        except (AssertionError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+            name = node.name or node.outputs[0].name
+            raise ModelError(f"{node.op_type} {name!r}: its inputs and attributes do not fit each other") from error
     else:
         why = "it has no label rule" if rule is None or captured else "the shape of an input or output is unknown"
         trace.freeze(node, f"{why}; the channels that reach it keep their order", *reached)

@@ -114,8 +114,11 @@ def _group_inputs(
     notes = []
 
     def join(group: list[Endpoint], endpoint: Endpoint) -> bool:
-        if not all(fits(values["/".join(member)], values["/".join(endpoint)], equal) for member in group):
+        nonlocal equal
+        trial = equal.copy()
+        if not all(fits(values["/".join(member)], values["/".join(endpoint)], trial) for member in group):
             return False
+        equal = trial
         group.append(endpoint)
         return True
 

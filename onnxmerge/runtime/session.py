@@ -143,7 +143,7 @@ def random_feeds(
         free_dims: sizes of other symbolic axes by name; `FREE_DIM` for those not named.
 
     Raises:
-        UsageError: an input is no tensor of numbers.
+        UsageError: an input is no tensor of numbers, or too large.
     """
     generator = np.random.default_rng(seed)
     inputs = session.get_inputs()
@@ -157,8 +157,11 @@ def random_feeds(
         dtype = _dtype(value.type)
         if dtype is None:
             raise UsageError(f"random data cannot be made for the input {value.name!r} of type {value.type}")
-        array = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
-        feeds[value.name] = array.astype(dtype)
+        try:
+            array = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
+            feeds[value.name] = array.astype(dtype)
+        except MemoryError as error:
+            raise UsageError(f"random data for the input {value.name!r} of shape {shape} exceed the memory") from error
     return feeds
 
 

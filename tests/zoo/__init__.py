@@ -20,7 +20,7 @@ from zoo.recurrent import Crnn, GruClassifier, LstmClassifier
 from zoo.residual import ChannelsLastIsland, ConvNext, ResNet
 from zoo.swin import Swin
 from zoo.transformers import Bert, Gpt, Llama, MlpMixer, Vit
-from zoo.unusual import BLOCKS, Around
+from zoo.unusual import BLOCKS, Around, LearnedQueries
 
 __all__ = ["ZOO", "Entry", "build"]
 
@@ -111,6 +111,7 @@ ZOO: dict[str, Entry] = {
     "vit_encoder_layer": _vision(lambda: Vit("layer"), oldest=14),
     "mlp_mixer": _vision(MlpMixer),
     "swin": _vision(Swin),
+    "learned_queries": Entry(lambda: Around(LearnedQueries), {"image": (3, 20, 20)}, "transformer", oldest=14),
     "bert": Entry(Bert, _BERT_INPUTS, "transformer", _LENGTH),
     "gpt": _text(Gpt),
     "gpt_flattened": _text(lambda: Gpt(flattened=True)),
@@ -121,9 +122,8 @@ ZOO: dict[str, Entry] = {
 }
 
 
-_OLDEST = {"einsum": 12, "learned_queries": 14}
 ZOO |= {
-    name: Entry(partial(Around, block), {"image": (3, 20, 20)}, "unusual", oldest=_OLDEST.get(name, 11))
+    name: Entry(partial(Around, block), {"image": (3, 20, 20)}, "unusual", oldest=12 if name == "einsum" else 11)
     for name, block in BLOCKS.items()
 }
 

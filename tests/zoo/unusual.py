@@ -181,7 +181,7 @@ class _TemporalBranch(nn.Module):
         return (functional.glu(y, dim=1)).view_as(x)
 
 
-class _LearnedQueries(nn.Module):
+class LearnedQueries(nn.Module):
     """DETR, Perceiver: learned queries read the map by attention, and the map reads them."""
 
     def __init__(self) -> None:
@@ -211,7 +211,7 @@ class _Siamese(nn.Module):
 
 
 class _Patchwise(nn.Module):
-    """MobileViT: the map unfolded into 2x2 patches, dense layers over [batch, places, patches, channels], folded back."""
+    """MobileViT: the map unfolded into 2x2 patches, a dense layer over their channels, folded back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +295,6 @@ BLOCKS: dict[str, Callable[[], nn.Module | Callable[[Tensor], Tensor]]] = {
     "unshuffle": _Unshuffle,
     "normalised": _Normalised,
     "temporal_branch": _TemporalBranch,
-    "learned_queries": _LearnedQueries,
     "siamese": _Siamese,
     "patchwise": _Patchwise,
     "recurrent_rows": _RecurrentRows,
