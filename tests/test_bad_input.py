@@ -388,3 +388,21 @@ def test_the_command_line_prints_one_line(tmp_path):
     assert set(codes) <= {0, 2, 3}
     assert 3 in codes
     assert {Path(file).suffix for file in os.listdir(tmp_path)} == {".onnx"}  # nothing else was written
+
+
+# --- networks that have nothing to share ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "missing"), [(["N", 3], "layers"), (None, "inputs")])
+def test_zip_refuses_networks_without_layers_or_inputs(shape, missing, tmp_path):
+    net = Net()
+    net.output(net.op("Exp", net.input(shape) if shape else net.normal(2, 3)))
+    for name in ("a.onnx", "b.onnx"):
+        onnx.save(net.proto(), tmp_path / name)
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 3), np.float32))
+    files = [str(tmp_path / name) for name in ("a.onnx", "b.onnx")]
+    arguments = ["zip", *files, "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 3
+    assert f"has no {missing}, so nothing can be shared" in result.stderr
+    assert not (tmp_path / "out").exists()

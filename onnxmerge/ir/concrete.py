@@ -55,7 +55,7 @@ def settle(model: oir.Model) -> bool:
     """Infer shapes and fold shape arithmetic, in place; False when the sizes of the inputs contradict each other.
 
     Both happen in one walk over the nodes, since a shape may hang on a constant that hangs on a shape, and so on to any
-    depth. What onnx cannot tell of one node alone (If, Loop) it may tell of the whole graph; then there is another walk.
+    depth. What onnx cannot tell of one node alone (If, Loop) it may tell of the whole: then there is another walk.
     """
     for value in [*model.graph.outputs, *(value for node in model.graph for value in node.outputs)]:
         if value.producer() is not None and value.producer().domain == "":  # type: ignore[union-attr]

@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.data import Dataset, InputSpec, Split, load_dataset
-from onnxmerge.errors import UsageError
+from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.labels import dims
-from onnxmerge.ir.layers import parameter_count
+from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.load import load
-from onnxmerge.ir.normalise import raise_opset
+from onnxmerge.ir.opset import raise_opset
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.passes.ensure_biases import EnsureBiases
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
@@ -108,12 +108,16 @@ def load_networks(paths: Sequence[str | os.PathLike[str]]) -> list[Network]:
 
     Raises:
         UsageError: fewer than two networks, or their inputs differ.
-        ModelError: a network cannot be read.
+        ModelError: a network cannot be read, or has no inputs or no layers.
     """
     names = task_names(paths)
     models = [load(path) for path in paths]
+    for path, model in zip(paths, models, strict=True):
+        if not model.graph.inputs or not find_layers(model):
+            raise ModelError(f"{path}: has no {'layers' if model.graph.inputs else 'inputs'}, so nothing can be shared")
     opset = max(model.opset_imports.get("", 0) for model in models)
-    models = [raise_opset(model, opset) for model in models]
+    for model in models:
+        raise_opset(model, opset)
     for path, model in zip(paths[1:], models[1:], strict=True):
         _check_inputs(paths[0], models[0], path, model)
     networks = []
