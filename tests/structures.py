@@ -7,11 +7,15 @@ import numpy as np
 import onnx_ir as oir
 import pytest
 from graphs import Net
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from onnxmerge.ir.coverage import permutable_share
 from onnxmerge.ir.labels import Trace, carries, dims
 from onnxmerge.ir.rules import RULES, Rule
 from onnxmerge.ir.rules.registry import required
 from onnxmerge.ir.spaces import find_spaces
+from onnxmerge.methods import check
 from onnxmerge.methods.check import TOLERANCE, Check, check_spaces
 
 Build = Callable[[], Net]
@@ -157,3 +161,26 @@ def assert_law_catches(build: Build, op_type: str, wrong: Rule, monkeypatch: pyt
     assert not result.passed
     assert result.max_relative_error > 100 * TOLERANCE
     assert result.worst_space in {space.name for space in find_spaces(model).permutable()}
+
+
+def hold_over(nets: st.SearchStrategy[Net], examples: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, bool]]:
+    """Hold the law over random graphs, each space alone too.
+
+    Returns:
+        For each graph the share of its parameters in permutable spaces, and whether it has spaces of blocks.
+    """
+    monkeypatch.setattr(check, "ALONE_LIMIT", 0)
+    seen = []
+
+    @settings(max_examples=examples)
+    @given(nets)
+    def holds(net: Net) -> None:
+        model = net.model()
+        spaces = find_spaces(model)
+        result = check_spaces(model, spaces, seed=1, threads=1)
+        assert result.passed, result
+        seen.append((permutable_share(model, spaces), any(space.blocks for space in spaces.permutable())))
+
+    holds()
+    assert len(seen) >= 0.6 * examples
+    return seen

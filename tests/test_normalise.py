@@ -139,6 +139,23 @@ def test_shape_arithmetic_over_known_sizes_is_folded():
     assert_same_outputs(proto, model, feeds_for(proto))
 
 
+@pytest.mark.parametrize("pick", ["Gather", "Slice"])
+def test_a_weight_cut_at_a_known_size_of_a_partly_free_shape_is_folded(pick):
+    """torch's attention slices its weights at places computed from the width of what it reads."""
+    net = Net()
+    shape = net.op("Shape", net.input(["N", "T", 6]))
+    if pick == "Gather":
+        width = net.op("Unsqueeze", net.op("Gather", shape, net.constant(np.int64(-1))), net.ints(0))
+    else:
+        width = net.op("Slice", shape, net.ints(2), net.ints(3), net.ints(0))
+    rows = net.op("Slice", net.normal(12, 6), net.ints(0), width, net.ints(0))
+    net.channels[rows] = 6
+    net.output(net.op("MatMul", "x", net.op("Transpose", rows, perm=[1, 0])))
+    model = net.model()
+    assert [node.op_type for node in model.graph] == ["MatMul"]
+    assert_same_outputs(net.proto(), model, feeds_for(model))
+
+
 def test_batch_norms_stay():
     model = chain().model()
     assert sum(node.op_type == "BatchNormalization" for node in model.graph) == 3

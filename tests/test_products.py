@@ -3,20 +3,14 @@
 import numpy as np
 import pytest
 from graphs import Net
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from structures import Structures, assert_law_catches, without
+from structures import TOKENS, Structures, assert_law_catches, end, hold_over, passes_label, without
 
-from onnxmerge.ir.coverage import permutable_share
 from onnxmerge.ir.rules import RULES
-from onnxmerge.ir.rules.registry import required
 from onnxmerge.ir.spaces import find_spaces
-from onnxmerge.methods import check
-from onnxmerge.methods.check import check_spaces
 from onnxmerge.passes.permute import Permute
 
 graph = Structures()
-TOKENS = ("N", 7, 6)
 HEADS, WIDTH = 3, 4
 INNER = HEADS * WIDTH
 
@@ -40,12 +34,6 @@ def self_attention(net: Net, x: str, bias: str | None = None) -> str:
     return joined(net, net.op("MatMul", net.op("Softmax", scores, axis=-1), heads(net, values)))
 
 
-def end(net: Net, x: str, out: int = 5) -> Net:
-    """A dense layer on the mean over tokens of [N, T, C]."""
-    net.output(net.matmul(net.op("ReduceMean", x, net.ints(1), keepdims=0), out))
-    return net
-
-
 INSIDE_HEADS = [WIDTH] * (2 * HEADS)  # queries with keys, and values, for each head
 
 
@@ -61,7 +49,7 @@ def weight_on_the_left():
     return net
 
 
-@graph(8)
+@graph(8, frozen=("MatMul", "MatMul"))
 def weight_that_mixes_tokens():
     """The channels pass; what the weight makes of the tokens keeps its order."""
     net = Net()
@@ -189,6 +177,18 @@ def attention_with_one_head_of_keys():
     values = net.op("Unsqueeze", net.matmul(x, WIDTH), net.ints(1))
     scores = net.op("Softmax", net.op("MatMul", heads(net, net.matmul(x, INNER)), keys), axis=-1)
     return end(net, joined(net, net.op("MatMul", scores, values)))
+
+
+@graph(*INSIDE_HEADS, 6, blocks=(HEADS,))
+def queries_from_an_expanded_array_that_is_read_twice():
+    """No reader alone can tell how the array is to be permuted."""
+    net = Net()
+    x = net.matmul(net.input(TOKENS), 6)
+    queries = net.op("Expand", net.normal(1, 7, 6), net.op("Shape", x), channels=6)
+    added = net.op("Add", x, queries)
+    q, k, v = net.matmul(queries, INNER), net.matmul(added, INNER), net.matmul(x, INNER)
+    scores = net.op("Softmax", net.op("MatMul", heads(net, q), heads(net, k, (0, 2, 3, 1))), axis=-1)
+    return end(net, joined(net, net.op("MatMul", scores, heads(net, v))))
 
 
 @graph(*INSIDE_HEADS, blocks=(HEADS,))
@@ -377,30 +377,12 @@ def random_transformers(draw) -> Net:
 
 
 def test_law_holds_for_random_transformers(monkeypatch):
-    monkeypatch.setattr(check, "ALONE_LIMIT", 0)
-    shares, blocks = [], []
-
-    @settings(max_examples=150)
-    @given(random_transformers())
-    def holds(net):
-        model = net.model()
-        spaces = find_spaces(model)
-        result = check_spaces(model, spaces, seed=1, threads=1)
-        assert result.passed, result
-        shares.append(permutable_share(model, spaces))
-        blocks.append(any(space.blocks for space in spaces.permutable()))
-
-    holds()
-    assert len(shares) >= 100
-    assert np.mean(shares) > 0.8
-    assert np.mean(blocks) > 0.2
+    seen = hold_over(random_transformers(), 150, monkeypatch)
+    assert np.mean([share for share, _ in seen]) > 0.8
+    assert np.mean([blocks for _, blocks in seen]) > 0.2
 
 
 # --- the law can fail -------------------------------------------------------------------------------------------------
-
-
-def passes_label_only(node, trace):
-    trace.set_label(node.outputs[0], trace.label(required(node, 0)))
 
 
 MUTANTS = {
@@ -416,9 +398,9 @@ MUTANTS = {
         "Attention",
         without(RULES["Attention"], "bind"),
     ),
-    "LayerNormalization forgets its scale": (layer_norm, "LayerNormalization", passes_label_only),
-    "RMSNormalization forgets its scale": (rms_norm, "RMSNormalization", passes_label_only),
-    "Softmax mixes groups": (softmax_inside_groups, "Softmax", passes_label_only),
+    "LayerNormalization forgets its scale": (layer_norm, "LayerNormalization", passes_label),
+    "RMSNormalization forgets its scale": (rms_norm, "RMSNormalization", passes_label),
+    "Softmax mixes groups": (softmax_inside_groups, "Softmax", passes_label),
     "ReduceSum mixes groups": (sum_over_each_group, "ReduceSum", without(RULES["ReduceSum"], "bind")),
     "Add forgets a bias for each head": (
         attention_with_a_bias_for_each_head,

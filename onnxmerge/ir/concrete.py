@@ -4,7 +4,6 @@ Exported graphs compute shapes at run time (Shape, Gather, Concat, Reshape). Cha
 weights fix, so one choice of the free sizes shows where channels go for all.
 """
 
-import math
 from collections.abc import Container
 
 import onnx
@@ -61,7 +60,9 @@ def settle(model: oir.Model) -> bool:
         if value.producer() is not None and value.producer().domain == "":  # type: ignore[union-attr]
             value.shape = None
     weights = {
-        name for name, value in model.graph.initializers.items() if is_float(value) and math.prod(value.shape) > 1
+        name
+        for name, value in model.graph.initializers.items()
+        if is_float(value) and value.const_value is not None and value.const_value.size > 1
     }
     if not _walk(model, weights):
         return False

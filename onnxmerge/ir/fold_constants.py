@@ -94,19 +94,16 @@ def _foldable(node: oir.Node, graph_outputs: set[oir.Value], keep: Container[str
         return False
     if any(a.type in (oir.AttributeType.GRAPH, oir.AttributeType.GRAPHS) for a in node.attributes.values()):
         return False
-    if node.op_type == "Shape":
-        shape = node.inputs[0].shape if node.inputs[0] is not None else None
-        return shape is not None and all(isinstance(d, int) for d in shape)
-    return all(v is None or (v.const_value is not None and v.name not in keep) for v in node.inputs)
+    return _sizes(node) is not None or all(
+        v is None or (v.const_value is not None and v.name not in keep) for v in node.inputs
+    )
 
 
 def evaluate(node: oir.Node, opset: int, budget: int = _LIMIT_BYTES) -> list[np.ndarray] | None:
     """The outputs of a constant node, or None where onnx has no answer or they take more than `budget` bytes."""
-    if node.op_type == "Shape":
-        whole = np.array(list(node.inputs[0].shape), dtype=np.int64)  # type: ignore[union-attr, arg-type]
-        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-        end = node.attributes["end"].as_int() if "end" in node.attributes else len(whole)
-        return [whole[start:end]]
+    sizes = _sizes(node)
+    if sizes is not None:
+        return [sizes]
     try:
         expected = _expected(node, opset)
         if expected is None or sum(_bytes(shape, dtype) for shape, dtype in expected) > budget:
@@ -120,6 +117,39 @@ def evaluate(node: oir.Node, opset: int, budget: int = _LIMIT_BYTES) -> list[np.
     except Exception:  # the reference implementation and onnx's shape inference raise many kinds
         return None
     return arrays if all(_fits(a.shape, shape) for a, (shape, _) in zip(arrays, expected, strict=True)) else None
+
+
+def _sizes(node: oir.Node) -> np.ndarray | None:
+    """What a Shape gives, or a Gather or Slice of one, where the sizes that it asks for are known; else None."""
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    if node.op_type == "Shape":
+        sizes = _whole_shape(node)
+    elif source is not None and source.op_type == "Shape" and node.op_type in ("Gather", "Slice"):
+        given = [None if v is None or v.const_value is None else v.const_value.numpy() for v in node.inputs[1:]]
+        sizes = _whole_shape(source)
+        if sizes is None or any(array is None for array in given):
+            return None
+        try:
+            if node.op_type == "Gather":
+                sizes = sizes.take(given[0])  # type: ignore[arg-type]
+            else:
+                start, end, *rest = (int(array.item()) for array in given)  # type: ignore[union-attr]
+                sizes = sizes[start : end : rest[1] if len(rest) > 1 else 1]
+        except (IndexError, ValueError):  # a damaged graph: onnxruntime will say so
+            return None
+    else:
+        return None
+    return None if sizes is None or (sizes < 0).any() else sizes
+
+
+def _whole_shape(node: oir.Node) -> np.ndarray | None:
+    """The output of a Shape, -1 where a size is free; None where not even the rank is known."""
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        return None
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else len(value.shape)
+    return np.array([d if isinstance(d, int) else -1 for d in value.shape], np.int64)[start:end]
 
 
 _Expected = tuple[tuple[int | None, ...], np.dtype]

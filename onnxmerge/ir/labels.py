@@ -157,6 +157,8 @@ class Trace:
                 self.unite(label, whole)
             elif not set(own) <= set(varying):
                 self.freeze(node, "its operands carry channels along different axes", label)
+                if shared := [axis for axis in own if axis in varying]:
+                    self.keep_order(node, whole, shared)
             elif own:  # a single channel spread over many is none of them
                 self.bind(label, _rows(whole, own))
         return whole
@@ -204,10 +206,14 @@ class Trace:
 
     def freeze(self, node: oir.Node, reason: str, *labels: np.ndarray) -> None:
         """Fix the place of every atom in `labels` because of `node`; does nothing where they carry none."""
-        if any((label != NO_CHANNEL).any() for label in labels):
-            self.frozen.append(Frozen(node.name or node.outputs[0].name or "", node.op_type, reason))
+        if any(carries(label) for label in labels):
+            self.blame(node, reason)
             for label in labels:
                 self.fix(label)
+
+    def blame(self, node: oir.Node, reason: str) -> None:
+        """Record that something keeps its order because of `node`."""
+        self.frozen.append(Frozen(node.name or node.outputs[0].name or "", node.op_type, reason))
 
     def classes(self) -> tuple[np.ndarray, np.ndarray]:
         """For each atom the id of its class, and for each class whether it is fixed."""

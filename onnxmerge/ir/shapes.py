@@ -85,7 +85,9 @@ def _without_weights(model: oir.Model) -> onnx.ModelProto:
             graph.initializer.append(oir.serde.serialize_tensor(tensor))
             graph.initializer[-1].name = value.name or ""
         elif tensor is not None:
-            graph.input.append(onnx.helper.make_tensor_value_info(value.name or "", tensor.dtype.value, tensor.shape))
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(value.name or "", tensor.dtype.value, list(tensor.shape.numpy()))
+            )
     for node in model.graph:
         graph.node.append(oir.serde.serialize_node(node))
         if node.op_type in SAME_SHAPE and node.domain == "":

@@ -38,7 +38,7 @@ def find_spaces(model: oir.Model, open_outputs: frozenset[str] = frozenset()) ->
         model: the normal form (see `normalise`).
         open_outputs: graph outputs whose channel order is free, because whatever reads them will be told.
     """
-    trace = Trace(model.graph.initializers)
+    trace = Trace(model.graph.initializers.keys() - {output.name for output in model.graph.outputs})
     sized = with_sizes(model)
     for node in sized.graph:
         _apply_rule(node, trace)

@@ -104,6 +104,52 @@ class LayerSimilarity(_Record):
     """Linear CKA of the centred pre-activations; needs no alignment."""
 
 
+class StepRecord(_Record):
+    """A hidden layer or block of an original, in `align`."""
+
+    name: str
+    cut: str
+    """The value that ends it."""
+    kind: str
+    """`conv` or `dense`."""
+    block: bool
+    stage: int
+    width: int
+    """Channels of the cut."""
+    group: str
+    """Only steps of one group are mapped to each other."""
+
+
+class StepPair(_Record):
+    """A step of the first network and the step of the second that stands for it."""
+
+    first: str
+    second: str
+    place: tuple[int, int]
+    """Where the pair stands in the matrices: numbers of the two steps, from 0."""
+    cka: float
+    """Linear CKA of the centred pre-activations."""
+    cost: float
+    correlation: float | None = None
+    """Mean correlation of the channels under their best assignment; None where widths or positions differ."""
+
+
+class LayerMap(_Record):
+    """Which layers of two networks stand for each other."""
+
+    cost: str
+    """What the map minimises: `cka` (1 - CKA), `width` or `wasserstein`."""
+    ends: bool
+    """Whether first steps were tied to each other, and last ones, in each group."""
+    first: list[StepRecord]
+    second: list[StepRecord]
+    similarity: list[list[float]]
+    """[steps of the first, steps of the second] linear CKA."""
+    costs: list[list[float]]
+    """[steps of the first, steps of the second] what the map minimises."""
+    pairs: list[StepPair]
+
+
 class Result(_Record):
     """What a method returns and `report.json` stores."""
 
@@ -121,6 +167,8 @@ class Result(_Record):
     """The stem's units in order; candidate k shares the first k."""
     notes: list[str] = Field(default_factory=list)
     """Sentences a reader must know: what stopped early, what was not shared and why."""
+    layer_map: LayerMap | None = None
+    """What `align` found."""
 
     def to_json(self) -> str:
         """The text of `report.json`."""

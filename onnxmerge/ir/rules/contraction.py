@@ -46,7 +46,7 @@ class Factor:
 
 
 def contract_weight(
-    trace: Trace, data: Factor, weight: oir.Value, indices: Sequence[Index], result: Sequence[Index]
+    node: oir.Node, trace: Trace, data: Factor, weight: oir.Value, indices: Sequence[Index], result: Sequence[Index]
 ) -> np.ndarray:
     """The label of data times a weight whose axes go by `indices`.
 
@@ -60,6 +60,7 @@ def contract_weight(
     passes = any(data.label.shape[axis] > 1 for axis in passing)
     reads = any(data.label.shape[axis] > 1 for axis in data.axes(shared)) or (carries(data.label) and not passes)
     if passes and not reads:
+        trace.blame(node, "its weight works along an axis without channels, so what it makes keeps its order")
         return data.arranged(result, trace)
     met = Factor(trace.united(data.label, passing), data.indices, data.sizes)  # all of them meet the same weight
     if reads:

@@ -76,7 +76,7 @@ def _product(
     if any(index not in data.indices and index not in result for index in own):
         trace.freeze(node, "its weight is summed over an index that the data do not have", data.label)
         return None
-    return contract_weight(trace, data, weight, own, result)
+    return contract_weight(node, trace, data, weight, own, result)
 
 
 def _terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[Index]], list[Index]]:

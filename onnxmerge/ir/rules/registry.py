@@ -58,10 +58,12 @@ def source_axis(value: oir.Value, axis: int) -> tuple[oir.Value, int] | None:
     """The initializer, and its axis, that axis `axis` of `value` copies index by index; None where there is none.
 
     Looks through operators that only move or repeat a whole initializer, such as a class token that is expanded to the
-    batch.
+    batch, as long as nobody else reads what they make.
     """
     while not is_constant(value):
         node = value.producer()
+        if len(value.uses()) > 1 or value.is_graph_output():
+            return None
         if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in _STEPS_BACK:
             return None
         back = _STEPS_BACK[node.op_type](node, axis)
