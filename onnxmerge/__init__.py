@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxmerge.methods.align import align_models
     from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack import pack_models
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "ZipSettings": "onnxmerge.methods.zip",
+    "align_models": "onnxmerge.methods.align",
     "extract_task": "onnxmerge.methods.extract",
     "inspect_model": "onnxmerge.methods.inspect",
     "pack_models": "onnxmerge.methods.pack",
@@ -31,6 +33,7 @@ _HOMES = {
 __all__ = [
     "Bounds",
     "ZipSettings",
+    "align_models",
     "extract_task",
     "inspect_model",
     "pack_models",

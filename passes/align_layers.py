@@ -104,9 +104,10 @@ def group_steps(a: Sequence[Step], b: Sequence[Step]) -> tuple[list[str], list[s
     Raises:
         ModelError: the groups follow each other differently in the two networks, so that no map keeps the order.
     """
-    staged = {kind for kind in ("conv", "dense") if 1 < len(row := _stages(a, kind)) and row == _stages(b, kind)}
+    staged = {kind for kind in ("conv", "dense") if len(row := stages(a, kind)) > 1 and row == stages(b, kind)}
     groups_a, groups_b = _labels(a, staged), _labels(b, staged)
-    if _runs(groups_a, groups_b) != _runs(groups_b, groups_a) or _torn(groups_a) or _torn(groups_b):
+    order = _runs(groups_a, groups_b)
+    if order != _runs(groups_b, groups_a) or len(set(order)) < len(order):
         raise ModelError(
             "the two networks' convolutional and dense layers follow each other in different ways: "
             "no map of one's layers to the other's keeps their order"
@@ -114,7 +115,7 @@ def group_steps(a: Sequence[Step], b: Sequence[Step]) -> tuple[list[str], list[s
     return groups_a, groups_b
 
 
-def _stages(steps: Sequence[Step], kind: str) -> list[bool]:
+def stages(steps: Sequence[Step], kind: str) -> list[bool]:
     """For each stage of a kind whether it is made of blocks."""
     return list({step.stage: step.block for step in steps if step.kind == kind}.values())
 
@@ -129,14 +130,8 @@ def _labels(steps: Sequence[Step], staged: set[str]) -> list[str]:
 
 
 def _runs(groups: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The groups that both networks have, in the order of the first."""
+    """The groups that both networks have in the order of the first, one entry for each run."""
     return [group for group, _ in groupby(group for group in groups if group in others)]
-
-
-def _torn(groups: Sequence[str]) -> bool:
-    """Whether a group stands in several places."""
-    runs = [group for group, _ in groupby(groups)]
-    return len(set(runs)) < len(runs)
 
 
 def cka_cost(grams_a: Sequence[np.ndarray], grams_b: Sequence[np.ndarray]) -> np.ndarray:

@@ -6,7 +6,7 @@ Weight averaging after permutation alignment: Singh and Jaggi (OTFusion, 2020), 
 alignment it is Zippering's equation 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,15 +40,21 @@ class Average(oir.passes.InPlacePass):
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """Average in float64."""
-        total = self.weight + sum(partner.weight for partner in self.partners)
         for name, value in model.graph.initializers.items():
             if not is_float(value) or any(name not in partner.constants for partner in self.partners):
                 continue
-            mean = self.weight * get_array(value).astype(np.float64)
-            for partner in self.partners:
-                mean += partner.weight * aligned_array(name, partner, self.spaces)
-            set_array(value, mean / total)
+            arrays = ((partner.weight, aligned_array(name, partner, self.spaces)) for partner in self.partners)
+            set_array(value, weighted_mean(get_array(value), self.weight, arrays))
         return oir.passes.PassResult(model, modified=True)
+
+
+def weighted_mean(own: np.ndarray, weight: float, others: Iterable[tuple[float, np.ndarray]]) -> np.ndarray:
+    """The mean, in float64, of `own` and the arrays of `others`, each with its weight."""
+    mean, total = weight * own.astype(np.float64), weight
+    for share, array in others:
+        mean += share * array
+        total += share
+    return mean / total
 
 
 def aligned_array(name: str, partner: Partner, spaces: Sequence[Space]) -> np.ndarray:

@@ -9,10 +9,10 @@ channels, and (n) an axis that reads it,
 
 A permutation has F[i, order[i]] = 1 and B = F'. Then this is `permute_slots`, bit for bit.
 
-Of a transport plan T [m, n] with row sums a and column sums b, F = T' / b and B = T / a. OTFusion (Singh and Jaggi 2020)
-divides by b on both sides. For equal widths that is the same. Otherwise its B has rows that sum to m / n, so that
-whatever reads the space grows by that factor; here a constant that is transported stays the same in both directions, and
-a network whose channels are split into equal halves gives the network itself.
+Of a transport plan T [m, n] with row sums a and column sums b, F = T' / b and B = T / a. OTFusion (Singh and Jaggi
+2020) divides by b on both sides. For equal widths that is the same. Otherwise the rows of its B sum to n / m, and so
+much is what reads the space scaled by. Here a constant that is transported stays the same in both directions, and a
+network whose channels are split into equal halves gives the network itself.
 
 Running variances: their standard deviations are averaged, v' = (F sqrt(v))^2. That is the variance of F z when the
 channels that one of ours stands for move together, which is what they were matched for; F v would be larger.
@@ -113,7 +113,7 @@ class Place:
     """The same as an order, when it is one."""
 
 
-# --- which space is which -----------------------------------------------------------------------------------------------
+# --- which space is which ---------------------------------------------------------------------------------------------
 
 
 def matching_spaces(ours: Sequence[Space], theirs: Sequence[Space], constants: Mapping[str, str]) -> dict[str, Space]:
@@ -152,7 +152,7 @@ def _key(space: Space, names: Mapping[str, str]) -> _Key:
     return tuple(sorted((names.get(own.name, own.name), own.axes, own.index.shape[1]) for own in space.weights))
 
 
-# --- arrays -------------------------------------------------------------------------------------------------------------
+# --- arrays -----------------------------------------------------------------------------------------------------------
 
 
 def transported_arrays(reference: oir.Model, partner: MappedPartner, spaces: Sequence[Space]) -> dict[str, np.ndarray]:
@@ -169,59 +169,55 @@ def transported_arrays(reference: oir.Model, partner: MappedPartner, spaces: Seq
         ModelError: an array does not fit ours, or a node whose weights cannot be told apart into those that make
             channels and those that read them meets a map that is no permutation.
     """
-    places = constant_places(reference, partner, spaces)
+    inside: dict[str, dict[str, Space]] = {}
+    for space in spaces:
+        for slots in space.weights:
+            inside.setdefault(slots.name, {})[space.name] = space
     return {
-        name: carry_array(name, value, partner, places.get(name, []))
+        name: _carry_constant(value, partner, inside.get(name, {}).values())
         for name, value in reference.graph.initializers.items()
         if name in partner.constants and is_float(value)
     }
 
 
-def carry_array(name: str, value: oir.Value, partner: MappedPartner, places: Sequence[Place]) -> np.ndarray:
-    """The partner's array for our constant `value`, carried over at `places`."""
+def _carry_constant(value: oir.Value, partner: MappedPartner, spaces: Iterable[Space]) -> np.ndarray:
+    name = value.name or ""
     array = get_array(partner.model.graph.initializers[partner.constants[name]])
-    shape = get_array(value).shape
-    variance = _is_variance(value) and any(place.order is None for place in places)
-    if variance:
+    shape, places = get_array(value).shape, constant_places(value, partner, spaces)
+    if _is_variance(value) and any(place.order is None for place in places):
         return carry(np.sqrt(np.maximum(array.astype(np.float64), 0)), shape, places, name) ** 2
     return carry(array, shape, places, name)
 
 
-def constant_places(reference: oir.Model, partner: MappedPartner, spaces: Iterable[Space]) -> dict[str, list[Place]]:
-    """For each of our constants where the spaces that have a map lie in it.
+def constant_places(value: oir.Value, partner: MappedPartner, spaces: Iterable[Space]) -> list[Place]:
+    """Where the spaces, which all have a map, lie in a constant of ours.
 
     Raises:
         ModelError: see `transported_arrays`.
     """
-    found: dict[str, list[Place]] = {}
+    reading, found = reading_axes(value), []
     for space in spaces:
-        if space.name not in partner.maps:
-            continue
         own = partner.maps[space.name]
-        for ours, theirs in paired_slots(space, partner):
-            value = reference.graph.initializers[ours.name]
-            reading = reading_axes(value)
+        for ours, theirs in paired_slots(value.name or "", space, partner):
             if reading is None and own.order is None:
-                node = next(iter(value.uses()))[0]
+                node = next(node for node, _ in value.uses())
                 raise ModelError(
-                    f"{node.op_type} {node.name!r}: it is not known which axes of {ours.name!r} read channels"
+                    f"{node.op_type} {node.name!r}: it is not known along which axes of {ours.name!r} channels are read"
                 )
             reads = reading is not None and set(ours.axes) <= reading
-            found.setdefault(ours.name, []).append(
-                Place(ours, theirs, own.backward.T if reads else own.forward, own.order)
-            )
+            found.append(Place(ours, theirs, own.backward.T if reads else own.forward, own.order))
     return found
 
 
-def paired_slots(space: Space, partner: MappedPartner) -> list[tuple[Slots, Slots]]:
-    """Our space's slots in constants, each with theirs."""
-    waiting = list(partner.spaces[space.name].weights)
-    pairs = []
-    for slots in space.weights:
-        name = partner.constants[slots.name]
-        number = next(n for n, own in enumerate(waiting) if (own.name, own.axes) == (name, slots.axes))
-        pairs.append((slots, waiting.pop(number)))
-    return pairs
+def paired_slots(name: str, space: Space, partner: MappedPartner) -> list[tuple[Slots, Slots]]:
+    """Where our space lies in our constant `name`, and where theirs lies in the one that stands for it."""
+    ours = [slots for slots in space.weights if slots.name == name]
+    theirs = [slots for slots in partner.spaces[space.name].weights if slots.name == partner.constants[name]]
+    return list(zip(sorted(ours, key=_axes), sorted(theirs, key=_axes), strict=True))
+
+
+def _axes(slots: Slots) -> tuple[int, ...]:
+    return slots.axes
 
 
 def reading_axes(value: oir.Value) -> set[int] | None:
@@ -247,7 +243,7 @@ def _is_variance(value: oir.Value) -> bool:
     return any(node.op_type == "BatchNormalization" and index == 4 for node, index in value.uses())
 
 
-# --- values -------------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 def carry_value(name: str, array: np.ndarray, partner: MappedPartner, spaces: Iterable[Space]) -> np.ndarray:
@@ -307,7 +303,7 @@ def target_channels(
     return orders, maps
 
 
-# --- one array ----------------------------------------------------------------------------------------------------------
+# --- one array --------------------------------------------------------------------------------------------------------
 
 
 def carry(array: np.ndarray, shape: tuple[int, ...], places: Sequence[Place], name: str) -> np.ndarray:
@@ -322,10 +318,8 @@ def carry(array: np.ndarray, shape: tuple[int, ...], places: Sequence[Place], na
     for axes in dict.fromkeys(place.ours.axes for place in sorted(places, key=lambda p: p.ours.rows is not None)):
         own = [place for place in places if place.ours.axes == axes]
         target = tuple(shape[axis] if axis in axes else size for axis, size in enumerate(result.shape))
-        if own[0].ours.rows is None:
-            result = _along(result, target, own, name)
-        else:
-            result = _in_rows(result, target, own, name)
+        step = _along if own[0].ours.rows is None else _in_rows
+        result = step(result, target, own, name)
     if result.shape != shape:
         raise ModelError(f"{name!r} has shape {list(shape)} in one network and {list(result.shape)} in the other")
     return result

@@ -25,22 +25,22 @@ import onnx_ir as oir
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.labels import dims, rank
 from onnxmerge.ir.normalise import infer_shapes
-from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.rules.registry import integer, required
+from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.weights import add_initializer, get_array
 from onnxmerge.passes.roles import LAYERS, read_axis, title
 
 Kind = Literal["dense", "conv", "residual"]
 
 _IDEMPOTENT = frozenset(("Relu", "Clip"))
-_ACTIVATIONS = frozenset(
+_OTHERS = frozenset(
     (
         *("LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Mish", "Swish"),
         *("Tanh", "Softplus", "Softsign", "ThresholdedRelu", "Softmax", "LogSoftmax", "Erf", "Exp", "Log", "Shrink"),
     )
 )
-ACTIVATIONS = _ACTIVATIONS | _IDEMPOTENT
-"""Nonlinearities that treat a network's values as one function; those that are not idempotent are refused."""
+ACTIVATIONS = _IDEMPOTENT | _OTHERS
+"""Nonlinearities. Behind one that is not idempotent nothing can be inserted."""
 _KEEPS_RANGE = frozenset(
     (
         *("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"),
@@ -299,9 +299,9 @@ class _Copy:
             array = _dirac(width, count, groups, tuple(int(size or 0) for size in dims(weight)[2:]), _middle(node))
         else:
             array = np.eye(width, count) if axis == 1 else np.eye(count, width)
-        inputs = [value, self.piece.array("weight", np.zeros_like(array) if node is self.last else array)]
-        inputs += [v and self.piece.array("bias", np.zeros(width)) for v in node.inputs[2:]]
-        return self.piece.node(node.op_type, inputs, **_attributes(node)), width
+        arrays = [self.piece.array("weight", np.zeros_like(array) if node is self.last else array)]
+        arrays += [self.piece.array("bias", np.zeros(width)) for _ in node.inputs[2:]]
+        return self.piece.node(node.op_type, [value, *arrays], **_attributes(node)), width
 
     def _activation(self, node: oir.Node, value: oir.Value, count: int) -> oir.Value:
         """Its slopes or bounds go along; one for each channel becomes their mean, as the channels are others."""
@@ -372,9 +372,9 @@ def _middle(node: oir.Node) -> tuple[int, ...]:
 def _dirac(width: int, count: int, groups: int, kernel: tuple[int, ...], middle: tuple[int, ...]) -> np.ndarray:
     """[width, count / groups, *kernel] kernels that hand on the first channels of each group, the rest is zero."""
     array = np.zeros((width, count // groups, *kernel))
-    channel = np.arange(min(width, count) // groups)
     for first in range(0, width, width // groups):
-        array[(first + channel, channel, *middle)] = 1
+        for channel in range(min(width, count) // groups):
+            array[(first + channel, channel, *middle)] = 1
     return array
 
 
@@ -393,7 +393,7 @@ def _find(model: oir.Model, name: str) -> oir.Value:
 def _activation(source: oir.Value) -> oir.Node | None:
     """The idempotent activation that makes `source`, or None when no activation does."""
     node = source.producer()
-    if node is None or node.op_type not in _ACTIVATIONS | _IDEMPOTENT:
+    if node is None or node.op_type not in ACTIVATIONS:
         return None
     if node.op_type not in _IDEMPOTENT or any(v is not None and v.const_value is None for v in node.inputs[1:]):
         raise ModelError(

@@ -26,7 +26,7 @@ def solve_least_squares(
     """The minimiser for each group.
 
     Args:
-        statistics: one for each task.
+        statistics: one for each task; those without rows count nothing.
         prior: [groups, fan in + 1, outputs], the bias in the last row; the bias is not pulled towards the prior.
         weights: a_t, one for each task.
         ridge: lambda.
@@ -34,9 +34,10 @@ def solve_least_squares(
     Returns:
         [groups, fan in + 1, outputs]
     """
-    gram = np.zeros_like(statistics[0].gram)
-    cross = np.zeros_like(statistics[0].cross)
-    for task, weight in zip(statistics, weights, strict=True):
+    seen = [(task, weight) for task, weight in zip(statistics, weights, strict=True) if task.rows]
+    gram = np.zeros_like(seen[0][0].gram)
+    cross = np.zeros_like(seen[0][0].cross)
+    for task, weight in seen:
         variance = float(task.target_variance().mean())
         factor = weight / (task.rows * max(variance, 1e-12))
         gram += factor * task.gram
@@ -57,9 +58,10 @@ def solve_repair(statistics: Sequence[Regression], current: np.ndarray) -> np.nd
     REPAIR (Jordan et al. 2023) folded into the weights, so that it needs no batch norm.
 
     Args:
-        statistics: one for each task.
+        statistics: one for each task; those without rows count nothing.
         current: [groups, fan in + 1, outputs], the layer's weights with the bias in the last row.
     """
+    statistics = [task for task in statistics if task.rows]
     rows = sum(task.rows for task in statistics)
     gram = np.sum([task.gram for task in statistics], axis=0) / rows
     target_mean = np.mean([task.target_sum / task.rows for task in statistics], axis=0)

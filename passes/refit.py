@@ -33,7 +33,10 @@ from onnxmerge.runtime.patches import (
 from onnxmerge.runtime.statistics import Regression
 
 Solve = Callable[[Layer, Sequence[Regression], np.ndarray], np.ndarray]
-"""(layer, statistics of each task, current weights [groups, fan in + 1, outputs]) -> new weights."""
+"""(layer, statistics of each teacher, current weights [groups, fan in + 1, outputs]) -> new weights.
+
+Statistics without rows are those of a teacher that has no target for the layer; at least one has some.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,12 @@ class Teacher:
         samples: its inputs.
         student_samples: the same samples as the student reads them.
         count: number of samples.
-        values: name of a student's value -> name of the teacher's value that it stands for.
+        values: name of a student's value -> name of the teacher's value that it stands for. Layers and cuts may be
+            missing, as where the teacher is shallower.
         orders: name of a student's value -> for each of its channels, the teacher's channel; absent: the same order.
         scales: name of a student's value -> for each of its channels, the factor on the teacher's; absent: 1.
+        maps: name of a student's value -> [ours, theirs], the mean of the teacher's channels that each of its channels
+            stands for, where that is no order.
     """
 
     model: oir.Model
@@ -57,6 +63,7 @@ class Teacher:
     values: Mapping[str, str]
     orders: Mapping[str, np.ndarray] = field(default_factory=dict)
     scales: Mapping[str, np.ndarray] = field(default_factory=dict)
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,12 @@ class _Fit:
 class Refit(oir.passes.InPlacePass):
     """Replace the weights of every Conv, Gemm and MatMul layer by what `solve` makes of its statistics.
 
+    A layer for whose output no teacher has a target stays as it is.
+
     Args:
         teachers: by task.
-        cuts: cuts of the student in order, where the walk rests; may be empty.
+        cuts: cuts of the student in order, where the walk rests; may be empty. It passes over those that a teacher has
+            not.
         solve: the rule.
         compensate: let a residual branch make up for its skip.
         seed: of the sampled positions.
@@ -107,7 +117,8 @@ class Refit(oir.passes.InPlacePass):
         at = [value.name or "" for value in model.graph.inputs]
         with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
             walked = dict(self.teachers)
-            for step, cut in enumerate([*self.cuts, None]):
+            cuts = [cut for cut in self.cuts if all(cut in teacher.values for teacher in walked.values())]
+            for step, cut in enumerate([*cuts, None]):
                 ends = [cut] if cut is not None else [v.name or "" for v in model.graph.outputs]
                 if not set(ends) - set(at):
                     continue
@@ -134,6 +145,7 @@ class Refit(oir.passes.InPlacePass):
             teacher.values,
             teacher.orders,
             teacher.scales,
+            teacher.maps,
         )
 
     def _refit_piece(self, piece: oir.Model, teachers: Mapping[str, Teacher]) -> None:
@@ -142,7 +154,7 @@ class Refit(oir.passes.InPlacePass):
             ancestors = _ancestors(piece, {layer.node for layer in waiting})
             ready = [layer for layer in waiting if not ancestors[layer.input]]
             fits = [self._fit(layer, ancestors) for layer in ready]
-            fits = [fit for fit in fits if all(fit.target in t.values for t in teachers.values())]
+            fits = [fit for fit in fits if any(fit.target in t.values for t in teachers.values())]
             statistics = [self._gather(piece, teacher, fits) for teacher in teachers.values()]
             for number, fit in enumerate(fits):
                 current = weights_and_bias(fit.layer)
@@ -162,8 +174,9 @@ class Refit(oir.passes.InPlacePass):
     def _gather(self, piece: oir.Model, teacher: Teacher, fits: Sequence[_Fit]) -> list[Regression]:
         generator = np.random.default_rng(self.seed)
         found = [Regression() for _ in fits]
-        for ours, theirs in self._lockstep(piece, teacher, fits):
-            for fit, statistics in zip(fits, found, strict=True):
+        known = [(fit, own) for fit, own in zip(fits, found, strict=True) if fit.target in teacher.values]
+        for ours, theirs in self._lockstep(piece, teacher, [fit for fit, _ in known]):
+            for fit, statistics in known:
                 axis = channel_axis(fit.layer)
                 target = theirs[teacher.values[fit.target]]
                 fan_in = weight_matrix(fit.layer, get_array(fit.layer.weight)).shape[1]
@@ -172,6 +185,8 @@ class Refit(oir.passes.InPlacePass):
                 rows = output_rows(target, axis, positions)
                 if fit.target in teacher.orders:
                     rows = rows[:, teacher.orders[fit.target]]
+                if fit.target in teacher.maps:
+                    rows = rows @ teacher.maps[fit.target].T
                 if fit.target in teacher.scales:
                     rows = rows * teacher.scales[fit.target]
                 if fit.skip is not None:
@@ -198,9 +213,14 @@ def _ancestors(piece: oir.Model, unfinished: set[oir.Node]) -> dict[oir.Value, b
 
 def weights_and_bias(layer: Layer) -> np.ndarray:
     """[groups, fan in + 1, outputs of a group], the bias in the last row."""
-    matrix = weight_matrix(layer, get_array(layer.weight)).astype(np.float64)
-    bias = np.zeros(layer.out_channels) if layer.bias is None else get_array(layer.bias).astype(np.float64)
-    rows = np.broadcast_to(bias.reshape(-1), (layer.out_channels,)).reshape(len(matrix), 1, -1)
+    return stacked(layer, get_array(layer.weight), None if layer.bias is None else get_array(layer.bias))
+
+
+def stacked(layer: Layer, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """[groups, fan in + 1, outputs of a group]: arrays shaped like the layer's, the bias (zero where none) last."""
+    matrix = weight_matrix(layer, weight).astype(np.float64)
+    row = np.zeros(layer.out_channels) if bias is None else bias.astype(np.float64)
+    rows = np.broadcast_to(row.reshape(-1), (layer.out_channels,)).reshape(len(matrix), 1, -1)
     return np.concatenate([matrix, rows], axis=1)
 
 

@@ -126,7 +126,7 @@ def no_norm_behind_a_layer(model: oir.Model) -> None:
 
 def biases_everywhere(model: oir.Model) -> None:
     for layer in find_layers(model):
-        assert layer.op == "MatMul" or (layer.bias is not None and get_array(layer.bias).shape == (layer.out_channels,))
+        assert layer.bias is not None and get_array(layer.bias).shape == (layer.out_channels,)
 
 
 EXACT = {

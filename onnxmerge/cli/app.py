@@ -2,7 +2,7 @@
 
 import typer
 
-from onnxmerge.cli import bench, demo, extract, inspect, pack, validate, zip
+from onnxmerge.cli import align, bench, demo, extract, inspect, pack, validate, zip
 
 app = typer.Typer(
     name="onnxmerge",
@@ -12,6 +12,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("inspect")(inspect.inspect)
+app.command("align")(align.align)
 app.command("pack")(pack.pack)
 app.command("zip")(zip.zip)
 app.command("validate")(validate.validate)

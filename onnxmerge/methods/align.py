@@ -16,6 +16,7 @@ from onnxmerge.passes.align_layers import (
     cka_cost,
     group_steps,
     map_by_groups,
+    stages,
     wasserstein_cost,
     width_cost,
 )
@@ -56,6 +57,7 @@ class LayerAlignment:
         similarity: [steps of the first, steps of the second] linear CKA of the cuts.
         costs: [steps of the first, steps of the second] what the map minimises.
         pairs: the map, in the order of the networks.
+        settings: what the map was made with: `cost`, `ends`, `samples`, `seed`.
         notes: what a reader must know.
     """
 
@@ -168,7 +170,7 @@ def align_layers(
         raise UsageError(f"{first.data.source}: comparing layers takes at least 2 samples, not {len(split)}")
     progress.stage("compare layers", 2)
     grams = []
-    notes = []
+    notes = _grouping(steps, groups)
     for network, own in zip(networks, steps, strict=True):
         found, constant = _grams(network, first, split, own, threads)
         if len(constant) == len(own):
@@ -195,7 +197,7 @@ def align_layers(
         Pair(steps[0][i], steps[1][j], (i, j), float(similarity[i, j]), float(costs[i, j]), match)
         for (i, j), match in zip(places, matches, strict=True)
     ]
-    settings = {"cost": cost, "ends": ends, "samples": len(split), "seed": seed}
+    settings: dict[str, str | int | bool] = {"cost": cost, "ends": ends, "samples": len(split), "seed": seed}
     return LayerAlignment(first, second, steps, groups, similarity, costs, pairs, settings, notes)
 
 
@@ -204,6 +206,19 @@ def _steps(network: Network) -> list[Step]:
     if not steps:
         raise ModelError(f"{network.path}: has no hidden layer through which everything flows, so there is none to map")
     return steps
+
+
+def _grouping(steps: tuple[list[Step], list[Step]], groups: tuple[list[str], list[str]]) -> list[str]:
+    """Which kinds could not be mapped stage by stage."""
+    notes = []
+    for kind in sorted(set(groups[0]) & set(groups[1]) & {"conv", "dense"}):
+        numbers = [len(stages(own, kind)) for own in steps]
+        if max(numbers) > 1:
+            notes.append(
+                f"The stages of {kind} layers do not correspond ({numbers[0]} and {numbers[1]} of them), so all layers "
+                "of that kind are one group."
+            )
+    return notes
 
 
 def _grams(

@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from onnxmerge.report.figures import one_line, significant
+from onnxmerge.report.heat_map import heat_map
 from onnxmerge.report.labels import label_points
 from onnxmerge.report.schema import Candidate, Result, TaskScore
 from onnxmerge.report.summary import original_bytes, task_names
@@ -29,7 +30,7 @@ class _Quality:
 
 def plots(result: Result) -> list[Plot]:
     """All plots the result has figures for."""
-    drawn = [quality_by_share(result), trade_off(result), similarity(result), calibration(result)]
+    drawn = [quality_by_share(result), trade_off(result), similarity(result), calibration(result), heat_map(result)]
     return [plot for plot in drawn if plot is not None]
 
 

@@ -1,7 +1,7 @@
 """The result in one sentence: what was chosen and what it saves."""
 
 from onnxmerge.report.figures import megabytes, one_line, percent, points, significant
-from onnxmerge.report.schema import Candidate, Result
+from onnxmerge.report.schema import Candidate, LayerMap, Result
 
 
 def task_names(result: Result) -> list[str]:
@@ -24,12 +24,23 @@ def original_bytes(result: Result) -> int | None:
 
 def headline(result: Result) -> str:
     """One sentence: the chosen candidate, its size and speed against the originals, and its worst drop."""
+    if result.layer_map is not None:
+        return _mapped(result.layer_map, *task_names(result))
     chosen = chosen_candidate(result)
     if chosen is None:
         return _nothing_chosen(result)
     facts = [_size(chosen, original_bytes(result)), _speed(chosen), _worst_drop(chosen)]
     known = [fact for fact in facts if fact is not None]
     return f"{_sharing(chosen, result)}{': ' if known else ''}{'; '.join(known)}."
+
+
+def _mapped(found: LayerMap, first: str, second: str) -> str:
+    mean = sum(pair.cka for pair in found.pairs) / len(found.pairs)
+    number = len(found.pairs)
+    return (
+        f"{number} of the {len(found.first)} hidden layers or blocks of {one_line(first)} and {number} of the "
+        f"{len(found.second)} of {one_line(second)} stand for each other, with a mean CKA of {significant(mean)}."
+    )
 
 
 def _nothing_chosen(result: Result) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxmerge.report.columns import Column, columns
-from onnxmerge.report.figures import one_line
+from onnxmerge.report.figures import one_line, significant
 from onnxmerge.report.schema import Result
 from onnxmerge.report.summary import headline, task_names
 
@@ -62,11 +62,31 @@ def result_table(result: Result, width: int = 100) -> Table:
 
 def print_result(result: Result, console: Console) -> None:
     """Print the table, one sentence that sums it up, and the notes."""
-    console.print(result_table(result, console.width))
+    console.print(result_table(result, console.width) if result.layer_map is None else layer_map_table(result))
     console.print()
     console.print(Text(headline(result), style="bold"))
     for note in result.notes:
         console.print(Text(f"note: {note}"))
+
+
+def layer_map_table(result: Result) -> Table:
+    """The pairs of a layer map, in the order of the networks."""
+    found = result.layer_map
+    assert found is not None
+    first, second = (one_line(task) for task in task_names(result))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    for header in (first, second, "group"):
+        table.add_column(Text(header), overflow="fold")
+    for header in ("CKA", "cost", "channels"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for pair in found.pairs:
+        figures = [significant(pair.cka), significant(pair.cost)]
+        figures.append(UNMEASURED if pair.correlation is None else significant(pair.correlation))
+        names = [one_line(pair.first), one_line(pair.second), found.first[pair.place[0]].group]
+        table.add_row(*(Text(cell) for cell in [*names, *figures]))
+    table.caption = f"cost: {found.cost}; channels: mean correlation under their best assignment"
+    table.caption_justify, table.caption_style = "left", "dim"
+    return table
 
 
 def _letters(tasks: list[str]) -> dict[str, str]:
