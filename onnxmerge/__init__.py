@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxmerge.methods.align import align_models
     from onnxmerge.methods.extract import extract_task
+    from onnxmerge.methods.fuse import FuseSettings, fuse_models
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
+    "FuseSettings": "onnxmerge.methods.fuse",
     "ZipSettings": "onnxmerge.methods.zip",
     "align_models": "onnxmerge.methods.align",
     "extract_task": "onnxmerge.methods.extract",
+    "fuse_models": "onnxmerge.methods.fuse",
     "inspect_model": "onnxmerge.methods.inspect",
     "pack_models": "onnxmerge.methods.pack",
     "plan_zip": "onnxmerge.methods.zip",
@@ -32,9 +35,11 @@ _HOMES = {
 
 __all__ = [
     "Bounds",
+    "FuseSettings",
     "ZipSettings",
     "align_models",
     "extract_task",
+    "fuse_models",
     "inspect_model",
     "pack_models",
     "plan_zip",

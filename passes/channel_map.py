@@ -134,7 +134,7 @@ def matching_spaces(ours: Sequence[Space], theirs: Sequence[Space], constants: M
     alike: dict[_Key, list[Space]] = {}
     for space in ours:
         alike.setdefault(_key(space, constants), []).append(space)
-    matched = {}
+    matched: dict[str, Space] = {}
     for key, own in alike.items():
         found = candidates.get(key, [])
         if len(found) != len(own):

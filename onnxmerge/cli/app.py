@@ -2,7 +2,7 @@
 
 import typer
 
-from onnxmerge.cli import align, bench, demo, extract, inspect, pack, validate, zip
+from onnxmerge.cli import align, bench, demo, extract, fuse, inspect, pack, validate, zip
 
 app = typer.Typer(
     name="onnxmerge",
@@ -15,6 +15,7 @@ app.command("inspect")(inspect.inspect)
 app.command("align")(align.align)
 app.command("pack")(pack.pack)
 app.command("zip")(zip.zip)
+app.command("fuse")(fuse.fuse)
 app.command("validate")(validate.validate)
 app.command("extract")(extract.extract)
 app.command("bench")(bench.bench)

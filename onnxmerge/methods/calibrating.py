@@ -1,6 +1,6 @@
 """Calibrate a zipped model with its originals as teachers: which outputs, inputs and feature taps belong together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as oir
 
@@ -30,6 +30,37 @@ def calibrate_zip(
     Raises:
         KeyboardInterrupt: the user stopped it.
     """
+    outputs = {task.name: {f"{task.name}/{output}": output for output in task.outputs} for task in tasks}
+    settings = Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads)
+    return _train(merged, tasks, outputs, feature_taps(merged, tasks), settings, progress)
+
+
+def calibrate_fused(
+    merged: oir.Model,
+    tasks: Sequence[Task],
+    *,
+    steps: int,
+    rate: float,
+    labels: bool,
+    seed: int,
+    threads: int | None,
+    progress: Progress,
+) -> list[tuple[int, float]]:
+    """`calibrate_zip` for one network whose outputs are those of all `tasks`, by order."""
+    ours = [value.name or "" for value in merged.graph.outputs]
+    outputs = {task.name: dict(zip(ours, task.outputs, strict=True)) for task in tasks}
+    settings = Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads)
+    return _train(merged, tasks, outputs, [], settings, progress)
+
+
+def _train(
+    merged: oir.Model,
+    tasks: Sequence[Task],
+    outputs: Mapping[str, Mapping[str, str]],
+    taps: Sequence[FeatureTap],
+    settings: Settings,
+    progress: Progress,
+) -> list[tuple[int, float]]:
     names = [value.name or "" for value in merged.graph.inputs]
 
     def advance(_step: int, _total: int, loss: float | None) -> None:
@@ -38,12 +69,12 @@ def calibrate_zip(
     outcome = calibrate(
         merged,
         {task.name: task.model for task in tasks},
-        {task.name: {f"{task.name}/{output}": output for output in task.outputs} for task in tasks},
+        outputs,
         {task.name: dict(zip(names, task.inputs, strict=True)) for task in tasks},
-        feature_taps(merged, tasks),
+        taps,
         {task.name: task.data.calibration for task in tasks},
         {task.name: task.data.held_out for task in tasks},
-        Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads),
+        settings,
         advance,
     )
     if outcome.interrupted:

@@ -24,7 +24,7 @@ from onnxmerge.methods.balance import balance
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task
 from onnxmerge.passes.channel_map import MappedPartner, matching_spaces, target_channels
-from onnxmerge.passes.least_squares import RIDGE, solve_least_squares, solve_repair
+from onnxmerge.passes.least_squares import solve_least_squares, solve_repair
 from onnxmerge.passes.match_channels import (
     correlation_cost,
     distance_cost,
@@ -38,6 +38,9 @@ from onnxmerge.passes.transport import TransportAverage
 from onnxmerge.runtime.activations import stream
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
 from onnxmerge.runtime.statistics import PairStatistics, Regression
+
+RIDGE = 1e-3
+"""Default lambda: on one task a network's own activations are close to its teachers', and less of a pull is needed."""
 
 
 class Rule(StrEnum):
@@ -79,7 +82,7 @@ class FuseOptions:
     match: Matching = Matching.ACTIVATIONS
     entropy: float = 0.0
     ridge: float = RIDGE
-    samples: int = 2000
+    samples: int = 10_000
     seed: int = 0
     threads: int | None = None
 
@@ -104,7 +107,7 @@ class Counterpart:
     partner: MappedPartner | None
 
 
-def fuse_models(
+def fuse_networks(
     reference: Task,
     others: Sequence[Task],
     layer_maps: Sequence[Sequence[Pair]],

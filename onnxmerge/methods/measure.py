@@ -1,6 +1,6 @@
 """Measure a merged model against its originals: scores on held-out samples, latency and memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,22 @@ class Judge:
         threads: for onnxruntime.
         samples: at most this many held-out samples of each task; None: all.
         seed: of the choice of samples.
+        outputs: what a merged model calls each task's outputs, in order; None: `TASK/output`.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], folder: Path, threads: int | None, *, samples: int | None = None, seed: int = 0
+        self,
+        tasks: Sequence[Task],
+        folder: Path,
+        threads: int | None,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        outputs: Mapping[str, Sequence[str]] | None = None,
     ):
         self.tasks = tasks
+        own = {task.name: [f"{task.name}/{output}" for output in task.outputs] for task in tasks}
+        self._names = own if outputs is None else outputs
         self.threads = threads
         self._folder = folder
         self._splits = {
@@ -38,7 +48,7 @@ class Judge:
         self._expected: dict[str, Stored] = {}
 
     def score(self, merged: oir.Model) -> dict[str, TaskScore]:
-        """How each task fares in `merged`, whose outputs are called `TASK/output`."""
+        """How each task fares in `merged`."""
         return {task: tally.score() for task, tally in self.tally(merged).items()}
 
     def tally(self, merged: oir.Model, atol: float | None = None, rtol: float | None = None) -> dict[str, Tally]:
@@ -47,7 +57,7 @@ class Judge:
         return {
             task.name: compare(
                 merged,
-                [f"{task.name}/{output}" for output in task.outputs],
+                self._names[task.name],
                 Feeds(self._splits[task.name], dict(zip(task.inputs, names, strict=True))),
                 self._outputs(task).batches(BATCH),
                 task.outputs,

@@ -31,7 +31,8 @@ def heat_map(result: Result) -> Plot | None:
         figure, (axis,) = panels(1, float(np.clip(1.2 + 0.3 * rows, 2.6, 10.0)))
         similarity = np.array(found.similarity)
         allowed = np.array([[a.group == b.group for b in found.second] for a in found.first])
-        mesh = axis.pcolormesh(similarity, cmap=_COLORS, vmin=0.0, vmax=1.0, alpha=np.where(allowed, 1.0, _FADED))
+        axis.pcolormesh(similarity, cmap=_COLORS, vmin=0.0, vmax=1.0, alpha=_FADED)
+        mesh = axis.pcolormesh(np.ma.masked_where(~allowed, similarity), cmap=_COLORS, vmin=0.0, vmax=1.0)
         if columns <= _MOST_FIGURES:
             _write_figures(axis, similarity, allowed)
         _draw_map(axis, found)
@@ -41,9 +42,7 @@ def heat_map(result: Result) -> Plot | None:
         first, second = task_names(result)
         axis.set_ylabel(one_line(first))
         axis.set_xlabel(one_line(second))
-        scale = figure.colorbar(mesh, ax=axis, label="linear CKA", pad=0.01, aspect=30)
-        scale.solids.set_alpha(1.0)
-        scale.outline.set_visible(False)
+        figure.colorbar(mesh, ax=axis, label="linear CKA", pad=0.01, aspect=30).outline.set_visible(False)
         svg = to_svg(figure)
     caption = (
         "Linear CKA of the pre-activations on the same samples. Frames are the map, which minimises "

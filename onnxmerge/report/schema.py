@@ -168,11 +168,12 @@ class Result(_Record):
     notes: list[str] = Field(default_factory=list)
     """Sentences a reader must know: what stopped early, what was not shared and why."""
     layer_map: LayerMap | None = None
-    """What `align` found."""
+    """What `align` found; left out of other methods' `report.json`."""
 
     def to_json(self) -> str:
         """The text of `report.json`."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+        absent = {"layer_map"} if self.layer_map is None else set()
+        return self.model_dump_json(by_alias=True, indent=2, exclude=absent) + "\n"
 
     def candidate(self, name: str) -> Candidate:
         """The candidate called `name`; KeyError when there is none."""
