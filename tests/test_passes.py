@@ -22,6 +22,7 @@ from onnxmerge.passes.ensure_biases import EnsureBiases
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.permute import Permute
+from onnxmerge.passes.transpose_gemms import TransposeGemms
 from onnxmerge.runtime.activations import stream
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
 from onnxmerge.runtime.statistics import PairStatistics
@@ -124,6 +125,10 @@ def no_norm_behind_a_layer(model: oir.Model) -> None:
         assert not foldable or layer.norm.op_type != "BatchNormalization" or layer.op not in ("Conv", "Gemm")
 
 
+def gemms_as_out_in(model: oir.Model) -> None:
+    assert all(layer.transposed for layer in find_layers(model) if layer.op == "Gemm")
+
+
 def biases_everywhere(model: oir.Model) -> None:
     for layer in find_layers(model):
         assert layer.bias is not None and get_array(layer.bias).shape == (layer.out_channels,)
@@ -133,6 +138,7 @@ EXACT = {
     "fold batch norms": Case(FoldBatchNorm(), no_norm_behind_a_layer),
     "ensure biases": Case(EnsureBiases(), biases_everywhere),
     "fold, then ensure biases": Case(lambda model: EnsureBiases()(FoldBatchNorm()(model)), biases_everywhere),
+    "transpose gemms": Case(TransposeGemms(), gemms_as_out_in),
     "permute": Case(permute_everything),
 }
 

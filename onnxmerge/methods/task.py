@@ -17,6 +17,7 @@ from onnxmerge.ir.opset import raise_opset
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.passes.ensure_biases import EnsureBiases
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
+from onnxmerge.passes.transpose_gemms import TransposeGemms
 from onnxmerge.report.provenance import sha256
 from onnxmerge.report.schema import InputRecord
 
@@ -125,6 +126,7 @@ def load_networks(paths: Sequence[str | os.PathLike[str]]) -> list[Network]:
         count = parameter_count(model)
         FoldBatchNorm()(model)
         EnsureBiases()(model)
+        TransposeGemms()(model)
         networks.append(Network(name, Path(path), model, count))
     return networks
 
