@@ -3,7 +3,7 @@
 Beside it `onnx.compose.merge_models` (inputs tied by hand, which it cannot do) with and without `onnxsim.simplify`
 (pip install onnxsim). Each build runs in a process of its own; its peak is the resident set's high-water mark.
 
-    python benchmarks/pack.py [--threads N] [--runs 50] [--classes 1000 200 365] [--keep-norms]
+    python benchmarks/pack.py [--threads N] [--runs 50] [--classes 200 100 365] [--keep-norms]
 """
 
 import argparse
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--classes", type=int, nargs=3, default=[1000, 200, 365], help="of the three heads")
+    parser.add_argument("--classes", type=int, nargs=3, default=[200, 100, 365], help="of the three heads")
     parser.add_argument("--keep-norms", action="store_true", help="leave batch norms in the graph")
     parser.add_argument("--build", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 FOLDER = CACHE / "spaces"
 PLOT = Path(__file__).with_name("spaces.svg")
-NODES = (300, 1000, 3000, 6000, 10000, 15000, 20000)
-REPEATS = 5
+NODES = (300, 1000, 3000, 6000, 10000, 20000)
+REPEATS = 3
 WIDTH = 16
 RESNET50 = ((64, 3), (128, 4), (256, 6), (512, 3))
 

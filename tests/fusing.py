@@ -80,6 +80,15 @@ def grouped(seed: int = 0) -> Net:
     return net
 
 
+def transposed(seed: int = 0) -> Net:
+    """A transposed convolution in groups: it makes channels group by group."""
+    net = Net(seed)
+    x = net.relu(net.conv(net.input(["N", 3, 6, 6]), 8))
+    x = net.op("ConvTranspose", x, net.normal(8, 3, 2, 2, scale=0.4), net.normal(6), channels=6, group=2)
+    net.head(net.relu(net.conv(net.relu(x), 5)))
+    return net
+
+
 def depthwise(seed: int = 0) -> Net:
     net = Net(seed)
     x = net.relu(net.norm(net.conv(net.input(["N", 3, 8, 8]), 6, bias=False)))
@@ -114,7 +123,11 @@ ANY_WIDTH: dict[str, tuple[Callable[..., oir.Model], tuple[int, ...]]] = {
     "groups": (plain(grouped), (3, 8, 8)),
 }
 """Networks whose widths may differ, and the shape of an input."""
-NETS = {**ANY_WIDTH, "depthwise": (plain(depthwise), (3, 8, 8))}
+NETS = {
+    **ANY_WIDTH,
+    "transposed, in groups": (plain(transposed), (3, 6, 6)),
+    "depthwise": (plain(depthwise), (3, 8, 8)),
+}
 
 # --- copies -----------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from onnxmerge.passes.match_channels import (
     match_by_weights,
     transport,
 )
+from onnxmerge.runtime.patches import channel_axis
 from onnxmerge.runtime.statistics import PairStatistics
 
 ENTROPIC = partial(transport, regularisation=0.3)
@@ -281,9 +282,8 @@ def test_values_of_a_copy_are_carried_back(name):
         array = theirs[partner.values[value]]
         np.testing.assert_allclose(carry_value(value, array, partner, spaces), ours[value], atol=1e-4)
     for layer in find_layers(model)[:-1]:
-        axis = 1 if layer.op == "Conv" else -1
         value = layer.linear.name
-        again = np.take(theirs[partner.values[value]], orders[value], axis)
+        again = np.take(theirs[partner.values[value]], orders[value], channel_axis(layer))
         np.testing.assert_allclose(again, ours[value], atol=1e-4)
 
 
@@ -371,7 +371,16 @@ def test_halves_of_a_channel_are_found(name):
     model = build()
     wide, _ = permuted_copy(split_in_halves(model))
     partner = partner_of(model, wide)
-    by_weights = match_by_weights(model, spaces_of(model), partner, transport)
+    seen: list[np.ndarray] = []
+
+    def watched(cost: np.ndarray) -> ChannelMap:
+        seen.append(cost)
+        return transport(cost)
+
+    by_weights = match_by_weights(model, spaces_of(model), partner, watched)
+    for cost in seen:  # by what makes a channel its halves are alike; where they are read they are not
+        np.testing.assert_allclose(np.sort(cost, axis=0)[:2], 0, atol=1e-9)
+        assert np.sort(cost, axis=0)[2].min() > 0.1
     statistics = statistics_of(model, partner, Random(shape))
     by_values = match_by_activations(spaces_of(model), partner, statistics, distance_cost, transport)
     for space in spaces_of(model):

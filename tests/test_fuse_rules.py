@@ -293,6 +293,18 @@ def test_each_network_weighs_with_its_own_inputs_in_our_channels():
     assert np.abs(wanted - mean).max() > 0.05
 
 
+def test_a_layer_without_bias_needs_none():
+    model, other = (ANY_WIDTH["dense without biases"][0](seed) for seed in (1, 2))
+    samples = [Random((6,), 32, seed=0), Random((6,), 32, seed=1)]
+    maps = {space.name: ChannelMap.from_permutation(np.arange(space.size)) for space in spaces_of(model)}
+    fused = model.clone()
+    HessianAverage([partner_of(model, other, maps=maps)], spaces_of(model), samples, 32, threads=1)(fused)
+    moments = [moment(next(own.batches(32))["x"].astype(np.float64))[None] for own in samples]
+    weights = [get_array(find_layers(network)[0].weight).T[None] for network in (model, other)]
+    wanted = solve_hessian(moments, weights, [1.0, 1.0])[0]
+    np.testing.assert_allclose(get_array(find_layers(fused)[0].weight).T, wanted, atol=1e-4)
+
+
 def test_layers_are_gathered_in_portions(monkeypatch):
     model, samples = residual().model(), Random((3, 10, 10), count=32)
     partner = by_activations(model, residual(seed=1, width=6).model(), samples)

@@ -22,7 +22,7 @@ from onnxmerge.ir.stages import Step, find_steps
 from onnxmerge.methods.align import Pair
 from onnxmerge.methods.balance import balance
 from onnxmerge.methods.progress import Progress
-from onnxmerge.methods.task import Task
+from onnxmerge.methods.task import Feeds, Task
 from onnxmerge.passes.channel_map import MappedPartner, matching_spaces, target_channels
 from onnxmerge.passes.least_squares import solve_least_squares, solve_repair
 from onnxmerge.passes.match_channels import (
@@ -241,7 +241,7 @@ def _bypass(task: Task, surplus: Sequence[Step]) -> oir.Model:
     return model
 
 
-def _feeds(task: Task, reader: Task, options: FuseOptions):  # type: ignore[no-untyped-def]
+def _feeds(task: Task, reader: Task, options: FuseOptions) -> Feeds:
     return task.feeds(task.data.calibration.take(options.samples, options.seed), reader)
 
 
