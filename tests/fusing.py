@@ -80,11 +80,11 @@ def grouped(seed: int = 0) -> Net:
     return net
 
 
-def transposed(seed: int = 0) -> Net:
+def transposed(seed: int = 0, width: int = 8) -> Net:
     """A transposed convolution in groups: it makes channels group by group."""
     net = Net(seed)
-    x = net.relu(net.conv(net.input(["N", 3, 6, 6]), 8))
-    x = net.op("ConvTranspose", x, net.normal(8, 3, 2, 2, scale=0.4), net.normal(6), channels=6, group=2)
+    x = net.relu(net.conv(net.input(["N", 3, 6, 6]), width))
+    x = net.op("ConvTranspose", x, net.normal(width, 3, 2, 2, scale=0.4), net.normal(6), channels=6, group=2)
     net.head(net.relu(net.conv(net.relu(x), 5)))
     return net
 

@@ -6,7 +6,17 @@ from functools import partial
 import numpy as np
 import onnx_ir as oir
 import pytest
-from fusing import NETS, Random, grouped, partner_of, permuted_copy, spaces_of, split_in_halves, statistics_of
+from fusing import (
+    NETS,
+    Random,
+    grouped,
+    partner_of,
+    permuted_copy,
+    spaces_of,
+    split_in_halves,
+    statistics_of,
+    transposed,
+)
 from graphs import Net, chain, dense, execute, residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -387,6 +397,15 @@ def test_halves_of_a_channel_are_found(name):
         forward = by_weights[space.name].forward
         np.testing.assert_allclose(np.sort(forward, axis=1)[:, -3:], [[0, 0.5, 0.5]] * space.size, atol=1e-12)
         np.testing.assert_allclose(forward, by_values[space.name].forward, atol=1e-12)
+
+
+def test_transposed_groups_of_other_widths_are_matched():
+    model, other = transposed().model(), transposed(seed=1, width=12).model()
+    partner = partner_of(model, other)
+    found = match_by_weights(model, spaces_of(model), partner, transport)
+    assert {n: m.forward.shape for n, m in found.items()} == {
+        s.name: (s.size, partner.spaces[s.name].size) for s in spaces_of(model)
+    }
 
 
 def test_what_was_not_seen_keeps_its_order():

@@ -273,7 +273,7 @@ def test_each_network_weighs_with_its_own_inputs_in_our_channels():
     samples = [Random((6,), seed=0), Random((6,), seed=1)]
     partner = replace(by_activations(model, other, samples[0]), weight=2.0)
     fused = model.clone()
-    HessianAverage([partner], spaces_of(model), samples, 256, threads=1)(fused)
+    HessianAverage([partner], spaces_of(model), samples, 256, 3.0, threads=1)(fused)
     first, second = spaces_of(model)
     makes, reads = partner.maps[second.name], partner.maps[first.name]
     layers = [find_layers(network)[1] for network in (model, other, fused)]
@@ -286,10 +286,10 @@ def test_each_network_weighs_with_its_own_inputs_in_our_channels():
         x = np.concatenate([x, np.ones((256, 1))], axis=1).astype(np.float64)
         moments.append(moment(x)[None])
         weights.append(np.concatenate([w, bias[None]])[None])
-    wanted = solve_hessian(moments, weights, [1.0, 2.0])[0]
+    wanted = solve_hessian(moments, weights, [3.0, 2.0])[0]
     np.testing.assert_allclose(get_array(layers[2].weight), wanted[:-1], atol=1e-4)
     np.testing.assert_allclose(get_array(layers[2].bias), wanted[-1], atol=1e-4)
-    mean = (weights[0] + 2 * weights[1])[0] / 3
+    mean = (3 * weights[0] + 2 * weights[1])[0] / 5
     assert np.abs(wanted - mean).max() > 0.05
 
 
@@ -303,6 +303,22 @@ def test_a_layer_without_bias_needs_none():
     weights = [get_array(find_layers(network)[0].weight).T[None] for network in (model, other)]
     wanted = solve_hessian(moments, weights, [1.0, 1.0])[0]
     np.testing.assert_allclose(get_array(find_layers(fused)[0].weight).T, wanted, atol=1e-4)
+
+
+def test_layers_that_a_partner_has_not_stay():
+    model, other, samples = dense(seed=1).model(), dense(seed=2).model(), Random((6,))
+    partner = by_activations(model, other, samples)
+    last = find_layers(model)[-1]
+    gone = {last.weight.name, last.bias.name}
+    fewer = replace(partner, constants={a: b for a, b in partner.constants.items() if a not in gone})
+    unseen = replace(partner, values={a: b for a, b in partner.values.items() if a != last.linear.name})
+    for own, wanted in ((fewer, model), (unseen, None)):
+        fused, mean = model.clone(), model.clone()
+        mtz(fused, [own], samples)
+        transported(mean, [own], samples)
+        for name in gone:
+            assert weights_of(fused)[name] == weights_of(wanted or mean)[name]
+        assert weights_of(fused)[find_layers(model)[0].name] != weights_of(mean)[find_layers(model)[0].name]
 
 
 def test_layers_are_gathered_in_portions(monkeypatch):
