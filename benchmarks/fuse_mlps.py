@@ -16,7 +16,8 @@ from mlps import mnist, perceptron
 from onnxmerge.errors import OnnxMergeError
 from onnxmerge.ir.weights import set_array
 from onnxmerge.methods.align import Pair, align_layers
-from onnxmerge.methods.fusing import FuseOptions, Matching, Rule, fuse_networks
+from onnxmerge.methods.choices import Matching, Rule
+from onnxmerge.methods.fusing import FuseOptions, fuse_networks
 from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task, load_networks, with_data

@@ -121,7 +121,7 @@ def test_an_interrupt_keeps_what_is_finished(
 ) -> None:
     import onnxmerge.methods.calibrating as calibrating
 
-    real = calibrating.calibrate_zip
+    real = calibrating.calibrate_merged
     calls = []
 
     def interrupted(merged: object, *arguments: object, **options: object) -> object:
@@ -130,7 +130,7 @@ def test_an_interrupt_keeps_what_is_finished(
             raise KeyboardInterrupt
         return real(merged, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(calibrating, "calibrate_zip", interrupted)
+    monkeypatch.setattr(calibrating, "calibrate_merged", interrupted)
     out = tmp_path / "out"
     code, _, stderr = onnxmerge("zip", *pair, "-o", out, "--data", samples, "--steps", 2, "--samples", 50)
     assert code == 130

@@ -1,6 +1,5 @@
 """onnxmerge fuse: networks of one task into one."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,23 +9,7 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
-
-
-class Rule(StrEnum):
-    """How aligned weights become one."""
-
-    LEAST_SQUARES = "least-squares"
-    AVERAGE = "average"
-    TRANSPORT = "transport"
-    MTZ = "mtz"
-    REPAIR = "repair"
-
-
-class Balance(StrEnum):
-    """What becomes of layers without a counterpart."""
-
-    ADD = "add"
-    COLLAPSE = "collapse"
+from onnxmerge.methods.choices import Balance, Rule
 
 
 @reports_errors
@@ -68,7 +51,6 @@ def fuse(
     Writes merged.onnx, report.json and report.html to DIR.
     """
     from onnxmerge.data import parse_data_option
-    from onnxmerge.methods import fusing
     from onnxmerge.methods.fuse import FuseSettings, fuse_models
     from onnxmerge.methods.task import task_names
 
@@ -76,8 +58,8 @@ def fuse(
         raise UsageError("give an output folder with -o DIR")
     settings = FuseSettings(
         into=into,
-        rule=fusing.Rule(rule.value),
-        balance=balance.value,
+        rule=rule,
+        balance=balance,
         weights=_weights(weights),
         max_drop=max_drop,
         steps=steps,

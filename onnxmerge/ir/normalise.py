@@ -17,7 +17,6 @@ from onnx_ir.passes import common
 from onnxmerge.errors import ModelError
 from onnxmerge.ir.concrete import settle
 from onnxmerge.ir.fold_constants import fold_constants
-from onnxmerge.ir.infer_node import makes_negative_size
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.lift_constants import lift_constants
 from onnxmerge.ir.opset import raise_opset
@@ -77,10 +76,9 @@ def _inline_functions(model: oir.Model) -> None:
 
 def _infer_checked(model: oir.Model) -> None:
     """Infer shapes, and refuse those that no network which runs can have."""
-    node = makes_negative_size(model.graph)
+    node = infer_shapes(model)
     if node is not None:
         raise ModelError(f"{node.op_type} {node.name!r} makes a value with a negative size")
-    infer_shapes(model)
     for value in [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]:
         if math.prod(size for size in dims(value) if size is not None) > _MOST_ELEMENTS:
             raise ModelError(f"the value {value.name!r} of shape {list(dims(value))} is too large for any machine")

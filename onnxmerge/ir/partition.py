@@ -15,8 +15,6 @@ from onnxmerge.ir.space import Slots, Space
 
 _Touch = tuple[str, tuple[int, ...], Rows | None, np.ndarray]
 """Name, axes, rows and atoms of an array or value."""
-_Place = tuple[int, int, int]
-"""Of a class: the number of its space, of its channel there, and its place among the channel's classes."""
 
 
 def collect(trace: Trace) -> list[Space]:

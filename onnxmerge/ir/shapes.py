@@ -14,33 +14,39 @@ SAME_SHAPE = {"GroupNormalization", "MeanVarianceNormalization"}
 """Operators for which onnx has no inference and whose output has the shape of their first input."""
 
 
-def infer_shapes(model: oir.Model) -> None:
+def infer_shapes(model: oir.Model) -> oir.Node | None:
     """Infer every shape afresh; stale ones are dropped first.
+
+    Returns:
+        The first node that makes a negative size, for which onnx would end the process; then nothing is inferred.
 
     Where onnx sees a contradiction, what lies behind it stays without a shape, so that its channels keep their order:
     onnxruntime, which is less strict, has the last word on whether such a model runs.
     """
-    if _forget(model) and not _infer(model, strict=True):
+    impossible = _forget(model)
+    if impossible is None and not _infer(model, strict=True):
         _infer(model, strict=False)
+    return impossible
 
 
 def shapes_agree(model: oir.Model) -> bool:
     """Infer every shape afresh; False when there is a contradiction, and no shapes when onnx itself sees it."""
-    if not _forget(model) or not _infer(model, strict=True):
+    if _forget(model) is not None or not _infer(model, strict=True):
         return False
     return all(keeps_count(node) for node in model.graph if node.op_type == "Reshape")
 
 
-def _forget(model: oir.Model) -> bool:
+def _forget(model: oir.Model) -> oir.Node | None:
     """Drop all shapes but those that operators of other domains make, which only the exporter knew.
 
-    False for a graph with a negative size, for which onnx would end the process.
+    Returns:
+        The first node that makes a negative size.
     """
     for node in model.graph:
         for value in node.outputs if node.domain == "" else ():
             if not value.is_graph_output():
                 value.shape = None
-    return makes_negative_size(model.graph) is None
+    return makes_negative_size(model.graph)
 
 
 def keeps_count(node: oir.Node) -> bool:

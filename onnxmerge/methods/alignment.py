@@ -13,11 +13,10 @@ from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.spaces import Space, find_spaces
 from onnxmerge.ir.units import Unit, find_units
+from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.task import Network, Task
 from onnxmerge.passes.align import Alignment, align_by_activations, matched
 from onnxmerge.report.schema import LayerSimilarity
-from onnxmerge.runtime.activations import stream
-from onnxmerge.runtime.patches import Positions, grid_of, output_rows
 from onnxmerge.runtime.statistics import PairStatistics
 
 
@@ -119,7 +118,17 @@ def align(
     """Align `task` with the reference by the correlation of pre-activations on every task's samples."""
     assert sharable.stem is not None
     places = _places(sharable)
-    statistics = _statistics(sharable, task, tasks, places, samples=samples, seed=seed, threads=threads)
+    statistics = pair_statistics(
+        sharable.reference,
+        task,
+        task.model,
+        tasks,
+        sharable.partners[task.name].values,
+        places,
+        samples=samples,
+        seed=seed,
+        threads=threads,
+    )
     aligned = Aligned(align_by_activations(sharable.spaces, statistics))
     carriers = {o.name or "": o for node in sharable.stem.graph for o in node.outputs}
     for space in sharable.spaces:
@@ -146,33 +155,6 @@ def _places(sharable: Sharable) -> dict[str, int]:
         for slots in space.values
         if slots.name in wanted and len(slots.axes) == 1 and slots.index.shape == (space.size, 1)
     }
-
-
-def _statistics(
-    sharable: Sharable,
-    task: Task,
-    tasks: Sequence[Task],
-    places: dict[str, int],
-    *,
-    samples: int,
-    seed: int,
-    threads: int | None,
-) -> dict[str, PairStatistics]:
-    reference = sharable.reference
-    values = sharable.partners[task.name].values
-    found = {name: PairStatistics() for name in places}
-    generator = np.random.default_rng(seed)
-    sources = {id(owner.data): owner for owner in tasks}
-    for owner in sources.values():
-        split = owner.data.calibration.take(samples, seed)
-        ours = stream(reference.model, owner.feeds(split, reference), list(places), threads=threads)
-        theirs = stream(task.model, owner.feeds(split, task), [values[n] for n in places], threads=threads)
-        for a, b in zip(ours, theirs, strict=True):
-            for name, axis in places.items():
-                positions = Positions.sample(generator, grid_of(a[name], axis))
-                rows = output_rows(a[name], axis, positions)
-                found[name].update(rows, output_rows(b[values[name]], axis, positions))
-    return found
 
 
 def _scale(statistics: list[tuple[PairStatistics, np.ndarray]], order: np.ndarray) -> np.ndarray:

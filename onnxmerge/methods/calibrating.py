@@ -1,4 +1,4 @@
-"""Calibrate a zipped model with its originals as teachers: which outputs, inputs and feature taps belong together."""
+"""Calibrate a merged model with its originals as teachers: which outputs, inputs and feature taps belong together."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +11,10 @@ from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task
 
 
-def calibrate_zip(
+def calibrate_merged(
     merged: oir.Model,
     tasks: Sequence[Task],
+    outputs: Mapping[str, Sequence[str]],
     *,
     steps: int,
     rate: float,
@@ -24,43 +25,19 @@ def calibrate_zip(
 ) -> list[tuple[int, float]]:
     """Train `merged` in place; it keeps the weights with the least held-out loss, the start included.
 
+    Args:
+        merged: the merged model.
+        tasks: the originals, its teachers.
+        outputs: what `merged` calls each task's outputs, in order; tasks may have the same.
+        steps, rate, labels, seed, threads: see `Settings`.
+        progress: told of each step.
+
     Returns:
         (step, held-out loss), step 0 first.
 
     Raises:
         KeyboardInterrupt: the user stopped it.
     """
-    outputs = {task.name: {f"{task.name}/{output}": output for output in task.outputs} for task in tasks}
-    settings = Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads)
-    return _train(merged, tasks, outputs, feature_taps(merged, tasks), settings, progress)
-
-
-def calibrate_fused(
-    merged: oir.Model,
-    tasks: Sequence[Task],
-    *,
-    steps: int,
-    rate: float,
-    labels: bool,
-    seed: int,
-    threads: int | None,
-    progress: Progress,
-) -> list[tuple[int, float]]:
-    """`calibrate_zip` for one network whose outputs are those of all `tasks`, by order."""
-    ours = [value.name or "" for value in merged.graph.outputs]
-    outputs = {task.name: dict(zip(ours, task.outputs, strict=True)) for task in tasks}
-    settings = Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads)
-    return _train(merged, tasks, outputs, [], settings, progress)
-
-
-def _train(
-    merged: oir.Model,
-    tasks: Sequence[Task],
-    outputs: Mapping[str, Mapping[str, str]],
-    taps: Sequence[FeatureTap],
-    settings: Settings,
-    progress: Progress,
-) -> list[tuple[int, float]]:
     names = [value.name or "" for value in merged.graph.inputs]
 
     def advance(_step: int, _total: int, loss: float | None) -> None:
@@ -69,12 +46,12 @@ def _train(
     outcome = calibrate(
         merged,
         {task.name: task.model for task in tasks},
-        outputs,
+        {task.name: dict(zip(outputs[task.name], task.outputs, strict=True)) for task in tasks},
         {task.name: dict(zip(names, task.inputs, strict=True)) for task in tasks},
-        taps,
+        feature_taps(merged, tasks),
         {task.name: task.data.calibration for task in tasks},
         {task.name: task.data.held_out for task in tasks},
-        settings,
+        Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads),
         advance,
     )
     if outcome.interrupted:

@@ -23,7 +23,8 @@ from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.ir.stages import find_steps
 from onnxmerge.methods.align import align_layers
-from onnxmerge.methods.fusing import RIDGE, FuseOptions, Matching, Rule, fuse_networks
+from onnxmerge.methods.choices import Balance, Matching, Rule
+from onnxmerge.methods.fusing import RIDGE, FuseOptions, fuse_networks
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
@@ -57,7 +58,7 @@ class FuseSettings:
 
     into: str | None = None
     rule: Rule = Rule.LEAST_SQUARES
-    balance: str = "add"
+    balance: Balance = Balance.ADD
     match: Matching = Matching.ACTIVATIONS
     cost: str = "cka"
     weights: tuple[float, ...] | None = None
@@ -119,8 +120,7 @@ def fuse_models(
         path = folder / "merged.onnx"
         save(fused, path, {"onnxmerge.method": "fuse", "onnxmerge.recipe": json.dumps(recipe, sort_keys=True)})
         progress.stage("measure")
-        names = [value.name or "" for value in fused.graph.outputs]
-        judge = Judge(tasks, Path(temporary), settings.threads, outputs={task.name: names for task in tasks})
+        judge = Judge(tasks, Path(temporary), settings.threads, outputs=_outputs(fused, tasks))
         candidate = Candidate(
             name=settings.rule.value,
             share=len(find_layers(fused)),
@@ -217,16 +217,22 @@ def _fuse(
     return fuse_networks(reference, others, maps, weights, options, progress), notes
 
 
+def _outputs(fused: oir.Model, tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """Every task has the fused network's outputs."""
+    return {task.name: [value.name or "" for value in fused.graph.outputs] for task in tasks}
+
+
 def _calibrate(
     fused: oir.Model, tasks: Sequence[Task], settings: FuseSettings, progress: Progress
 ) -> list[tuple[int, float]]:
     """Train `fused` in place towards all originals; the held-out losses."""
-    from onnxmerge.methods.calibrating import calibrate_fused  # torch is loaded only when it is needed
+    from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
 
     progress.stage("calibrate", settings.steps)
-    return calibrate_fused(
+    return calibrate_merged(
         fused,
         tasks,
+        _outputs(fused, tasks),
         steps=settings.steps,
         rate=settings.rate,
         labels=settings.labels,

@@ -6,7 +6,6 @@ node by node, and its channels are mapped to the reference's, space by space; th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 
 import numpy as np
@@ -21,6 +20,8 @@ from onnxmerge.ir.spaces import Space, find_spaces
 from onnxmerge.ir.stages import Step, find_steps
 from onnxmerge.methods.align import Pair
 from onnxmerge.methods.balance import balance
+from onnxmerge.methods.choices import Balance, Matching, Rule
+from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Feeds, Task
 from onnxmerge.passes.channel_map import MappedPartner, matching_spaces, target_channels
@@ -35,29 +36,10 @@ from onnxmerge.passes.match_channels import (
 from onnxmerge.passes.mtz import HessianAverage
 from onnxmerge.passes.refit import Refit, Teacher
 from onnxmerge.passes.transport import TransportAverage
-from onnxmerge.runtime.activations import stream
-from onnxmerge.runtime.patches import Positions, grid_of, output_rows
 from onnxmerge.runtime.statistics import PairStatistics, Regression
 
 RIDGE = 1e-3
 """Default lambda: on one task a network's own activations are close to its teachers', and less of a pull is needed."""
-
-
-class Rule(StrEnum):
-    """How aligned weights become one."""
-
-    LEAST_SQUARES = "least-squares"
-    AVERAGE = "average"
-    TRANSPORT = "transport"
-    MTZ = "mtz"
-    REPAIR = "repair"
-
-
-class Matching(StrEnum):
-    """What channels are compared by."""
-
-    ACTIVATIONS = "activations"
-    WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ class FuseOptions:
     """
 
     rule: Rule = Rule.LEAST_SQUARES
-    balance: str = "add"
+    balance: Balance = Balance.ADD
     match: Matching = Matching.ACTIVATIONS
     entropy: float = 0.0
     ridge: float = RIDGE
@@ -253,27 +235,9 @@ def _statistics(
     places: Mapping[str, int],
     options: FuseOptions,
 ) -> dict[str, PairStatistics]:
-    """Second moments of our and their channels on the same samples, by our value names.
-
-    Args:
-        reference: ours.
-        task: theirs.
-        model: the form of their network to look at.
-        values: names of our values -> those in `model`.
-        places: the channel axis of each of our values that count.
-        options: samples, seed, threads.
-    """
-    generator = np.random.default_rng(options.seed)
-    found = {name: PairStatistics() for name in places}
-    for owner in {id(own.data): own for own in (reference, task)}.values():
-        ours = stream(reference.model, _feeds(owner, reference, options), list(places), threads=options.threads)
-        wanted = [values[name] for name in places]
-        theirs = stream(model, _feeds(owner, task, options), wanted, threads=options.threads)
-        for a, b in zip(ours, theirs, strict=True):
-            for name, axis in places.items():
-                positions = Positions.sample(generator, grid_of(a[name], axis))
-                found[name].update(output_rows(a[name], axis, positions), output_rows(b[values[name]], axis, positions))
-    return found
+    owners = (reference, task)
+    sizes = {"samples": options.samples, "seed": options.seed}
+    return pair_statistics(reference, task, model, owners, values, places, **sizes, threads=options.threads)
 
 
 def _places(reference: Task, spaces: Sequence[Space], values: Mapping[str, str]) -> dict[str, int]:

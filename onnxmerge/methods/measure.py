@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.methods.scoring import Tally, compare
-from onnxmerge.methods.task import Feeds, Task
+from onnxmerge.methods.task import Feeds, Task, task_outputs
 from onnxmerge.report.schema import LatencyRecord, MemoryRecord, TaskScore
 from onnxmerge.runtime.activations import BATCH, Stored, store
 from onnxmerge.runtime.latency import latency
@@ -37,8 +37,7 @@ class Judge:
         outputs: Mapping[str, Sequence[str]] | None = None,
     ):
         self.tasks = tasks
-        own = {task.name: [f"{task.name}/{output}" for output in task.outputs] for task in tasks}
-        self._names = own if outputs is None else outputs
+        self._names = task_outputs(tasks) if outputs is None else outputs
         self.threads = threads
         self._folder = folder
         self._splits = {

@@ -85,6 +85,11 @@ class Task(Network):
         return Feeds(split, dict(zip(self.inputs, reader.inputs, strict=True)))
 
 
+def task_outputs(tasks: Sequence[Network]) -> dict[str, list[str]]:
+    """What a multi-task model calls the outputs of each task, in order: `TASK/output`."""
+    return {task.name: [f"{task.name}/{output}" for output in task.outputs] for task in tasks}
+
+
 def task_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """The stem of each model file; equal stems get a number.
 

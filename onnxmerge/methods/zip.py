@@ -27,7 +27,7 @@ from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.plan import Plan, make_plan
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.stem import Fitting, Start, fit_split, fit_tails, fuse_stem
-from onnxmerge.methods.task import Task, load_networks, with_data
+from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
 from onnxmerge.passes.attach_tails import AttachTails, bare_stem
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, TaskScore
@@ -250,12 +250,13 @@ class _Run:
 
     def _calibrate(self, name: str, merged: oir.Model) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""
-        from onnxmerge.methods.calibrating import calibrate_zip  # torch is loaded only when it is needed
+        from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
 
         self.progress.stage(f"{name}: calibrate", self.settings.steps)
-        return calibrate_zip(
+        return calibrate_merged(
             merged,
             self.tasks,
+            task_outputs(self.tasks),
             steps=self.settings.steps,
             rate=self.settings.rate,
             labels=self.settings.labels,
