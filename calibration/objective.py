@@ -42,9 +42,10 @@ class Pair:
 
 
 class Objective:
-    """The loss of one task: KL and logit error for a classifier (output [N, classes]), logit error for anything else.
+    """The loss of one task, with the weights that `Settings` give its parts.
 
-    A Softmax that ends both networks is left out: losses see logits.
+    KL and cross-entropy are for classifiers (output [N, classes]); the logit error is for anything. A Softmax that ends
+    both networks is left out: losses see logits. Nothing of the teacher is run that no weight asks for.
 
     Attributes:
         task: the task's name.
@@ -60,27 +61,33 @@ class Objective:
         inputs: Mapping[str, str],
         taps: Sequence[FeatureTap],
         settings: Settings,
+        share: float = 1.0,
     ):
-        """`outputs` and `inputs` map the merged model's names to the teacher's.
+        """`outputs` and `inputs` map the merged model's names to the teacher's; `share` scales the whole loss.
 
         Raises:
             ModelError: the task has no float output, or the teacher cannot be run.
             UsageError: a name is no value of its model.
         """
         self.task, self.inputs = task, dict(inputs)
-        self._settings = settings
-        self._outputs = [_logits(merged, teacher, s, t) for s, t in outputs.items() if _is_float(merged, s)]
-        if not self._outputs:
+        self._settings, self._share = settings, share
+        floats = {s: t for s, t in outputs.items() if _is_float(merged, s)}
+        if not floats:
             raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
+        first = next(iter(floats))
+        self._labelled = (_softmax_input(merged, first) or first) if settings.label_weight else None
+        matches = settings.kl_weight or settings.logit_weight
+        self._outputs = [_logits(merged, teacher, s, t) for s, t in floats.items()] if matches else []
         self._taps = [_tapped(tap) for tap in taps if tap.task == task] if settings.feature_weight else []
-        self._teacher = GraphModule(teacher, [pair.teacher for pair in self._outputs + self._taps])
-        self._teacher.requires_grad_(False)
+        pairs = self._outputs + self._taps
+        self._teacher = GraphModule(teacher, [pair.teacher for pair in pairs]).requires_grad_(False) if pairs else None
         self._variances = [1.0] * len(self._outputs)
 
     @property
     def outputs(self) -> list[str]:
         """The merged model's values that the output losses need."""
-        return [pair.student for pair in self._outputs]
+        matched = [pair.student for pair in self._outputs]
+        return matched if self._labelled is None else list(dict.fromkeys([*matched, self._labelled]))
 
     @property
     def taps(self) -> list[str]:
@@ -92,7 +99,7 @@ class Objective:
         return {student: _input(batch, teacher, self.task) for student, teacher in self.inputs.items()}
 
     def output_targets(self, batch: Batch) -> list[Tensor]:
-        """The teacher's outputs for `batch`."""
+        """The teacher's outputs for `batch`; none where no loss needs them."""
         return self._run(batch, self._outputs)
 
     def scale(self, targets: Sequence[Sequence[Tensor]]) -> None:
@@ -110,20 +117,33 @@ class Objective:
         ]
 
     def output_loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
-        """KL, logit error and (with labels) cross-entropy, summed over the task's outputs."""
-        total = torch.zeros(())
+        """The weighted logit error and KL, summed over the task's outputs, and cross-entropy at the first of them.
+
+        Raises:
+            ModelError: the shapes of an output and its target differ.
+            UsageError: labels are needed and missing or no class of the output, or no loss applies to the outputs.
+        """
+        weights, total = self._settings, torch.zeros(())
         for pair, z_t, variance in zip(self._outputs, targets, self._variances, strict=False):
             z = values[pair.student].float()
             self._check_shapes(pair, z, z_t)
-            total = total + losses.logit_error(z, z_t, variance)
-            if _is_classifier(z):
-                total = total + losses.kl(z, z_t, self._settings.temperature)
-        if self._settings.use_labels:
-            total = total + self._label_loss(values[self._outputs[0].student].float(), batch.labels)
-        return total
+            if weights.logit_weight:
+                total = total + weights.logit_weight * losses.logit_error(z, z_t, variance)
+            if weights.kl_weight and _is_classifier(z):
+                total = total + weights.kl_weight * losses.kl(z, z_t, weights.temperature)
+        if self._labelled is not None:
+            total = total + weights.label_weight * self._label_loss(values[self._labelled].float(), batch.labels)
+        elif not weights.logit_weight:
+            self._check_that_kl_applies(values)
+        return self._share * total
 
     def loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
-        """`output_loss` plus the weighted mean of the feature losses; `targets` as `self.targets` gives them."""
+        """`output_loss` plus the weighted mean of the feature losses; `targets` as `self.targets` gives them.
+
+        Raises:
+            ModelError: the shapes of a value and its target differ.
+            UsageError: see `output_loss`.
+        """
         total = self.output_loss(values, targets, batch)
         if not self._taps:
             return total
@@ -132,9 +152,11 @@ class Objective:
         for pair, f_t in zip(self._taps, targets[len(self._outputs) :], strict=True):
             self._check_shapes(pair, values[pair.student], f_t)
             errors.append(error(values[pair.student].float(), f_t))
-        return total + self._settings.feature_weight * torch.stack(errors).mean()
+        return total + self._share * self._settings.feature_weight * torch.stack(errors).mean()
 
     def _run(self, batch: Batch, pairs: Sequence[Pair]) -> list[Tensor]:
+        if self._teacher is None:
+            return []
         names = [pair.teacher for pair in pairs]
         inputs = {name: _input(batch, name, self.task) for name in self.inputs.values()}
         with torch.no_grad():
@@ -148,11 +170,24 @@ class Objective:
                 f"{pair.teacher!r} of the original {list(target.shape)}"
             )
 
+    def _check_that_kl_applies(self, values: Mapping[str, Tensor]) -> None:
+        outputs = [values[pair.student] for pair in self._outputs]
+        if not any(_is_classifier(z) for z in outputs):
+            raise UsageError(
+                f"task {self.task!r} is no classifier (output {list(outputs[0].shape)}), and the KL divergence is for "
+                "classifiers only; give the logit error a weight"
+            )
+
     def _label_loss(self, z: Tensor, labels: np.ndarray | None) -> Tensor:
         if labels is None:
             raise UsageError(f"the data of task {self.task!r} has no labels; calibrate without labels")
         if not _is_classifier(z):
             raise UsageError(f"task {self.task!r} is no classifier (output {list(z.shape)}); calibrate without labels")
+        if labels.max() >= z.shape[1]:
+            raise UsageError(
+                f"the data of task {self.task!r} have the label {labels.max()}, but the classes of its output are "
+                f"0 to {z.shape[1] - 1}"
+            )
         return losses.cross_entropy(z, torch.tensor(labels))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -48,10 +49,11 @@ def calibrate(
 ) -> Outcome:
     """Train the weights and norm scales of `merged`; it keeps those with the least held-out loss, the start included.
 
-    Each step sums the tasks' losses (`Objective`): KL and logit error towards the teacher's outputs, the error of
-    feature maps at `taps`, cross-entropy if labels are used. The held-out loss is the same without feature maps, so it
-    compares runs with and without taps. The optimiser is AdamW with a one-cycle schedule. Tasks whose `data` and
-    `held_out` are the very same objects share one pass through the merged network.
+    Each step sums the tasks' losses (`Objective`), each with the weights of `settings`. Where K tasks have the same
+    outputs of the merged network, each counts 1/K: the loss is the mean over their teachers, labels count once, and
+    neither the balance between teachers and labels nor the size of a step depends on K. The held-out loss is the same
+    without feature maps, so it compares runs with and without taps. Tasks whose `data` and `held_out` are the very same
+    objects share one pass through the merged network.
 
     Args:
         merged: the merged network; its initializers are replaced.
@@ -66,10 +68,21 @@ def calibrate(
 
     Raises:
         ModelError: an operator has no gradient implementation, or the merged and the original shapes differ.
-        UsageError: the data lack an input or labels that are needed, or a name is no value of its model.
+        UsageError: the data lack an input or labels that are needed, a label is no class, a name is no value of its
+            model, or none of the losses with a weight applies to a task.
     """
+    teachers_of = Counter(frozenset(names) for names in outputs.values())
     objectives = [
-        Objective(task, merged, teacher, outputs[task], inputs[task], taps, settings)
+        Objective(
+            task,
+            merged,
+            teacher,
+            outputs[task],
+            inputs[task],
+            taps,
+            settings,
+            1 / teachers_of[frozenset(outputs[task])],
+        )
         for task, teacher in teachers.items()
     ]
     student = GraphModule(merged, [name for o in objectives for name in o.outputs])
@@ -98,9 +111,7 @@ def _train(
         judge = Judge(student, streams, held_out, settings.batch, settings.seed)
         outcome.losses.append((0, best.offer(0, judge.loss())))
         sources = [stream.shuffled(data, settings.batch, settings.seed) for stream in streams]
-        rates = [settings.rate * _magnitude(parameter) for parameter in parameters]
-        optimiser = torch.optim.AdamW([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, total_steps=max(settings.steps, 1))
+        optimiser, schedule = _optimiser(parameters, settings)
         for step in range(1, settings.steps + 1):
             finite = _step(student, streams, sources, optimiser, bfloat16)
             schedule.step()
@@ -117,6 +128,19 @@ def _train(
     best.restore()
     outcome.best_step = best.step
     return outcome
+
+
+def _optimiser(
+    parameters: Sequence[torch.nn.Parameter], settings: Settings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimiser that `settings` name, and its learning rate over the steps."""
+    if settings.optimiser == "sgd":
+        sgd = torch.optim.SGD(parameters, settings.rate, momentum=0.9, weight_decay=5e-4)
+        sixth = max(round(settings.steps / 6), 1)
+        return sgd, torch.optim.lr_scheduler.StepLR(sgd, sixth, gamma=0.5)
+    rates = [settings.rate * _magnitude(parameter) for parameter in parameters]
+    adamw = torch.optim.AdamW([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
+    return adamw, torch.optim.lr_scheduler.OneCycleLR(adamw, rates, total_steps=max(settings.steps, 1))
 
 
 def _magnitude(parameter: Tensor) -> float:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxmerge.methods.align import align_models
     from onnxmerge.methods.extract import extract_task
-    from onnxmerge.methods.fuse import FuseSettings, fuse_models
+    from onnxmerge.methods.fuse import fuse_models, plan_fuse
+    from onnxmerge.methods.fuse_settings import FuseSettings
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
-    "FuseSettings": "onnxmerge.methods.fuse",
+    "FuseSettings": "onnxmerge.methods.fuse_settings",
     "ZipSettings": "onnxmerge.methods.zip",
     "align_models": "onnxmerge.methods.align",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse",
     "inspect_model": "onnxmerge.methods.inspect",
     "pack_models": "onnxmerge.methods.pack",
+    "plan_fuse": "onnxmerge.methods.fuse",
     "plan_zip": "onnxmerge.methods.zip",
     "validate_model": "onnxmerge.methods.validate",
     "zip_models": "onnxmerge.methods.zip",
@@ -42,6 +44,7 @@ __all__ = [
     "fuse_models",
     "inspect_model",
     "pack_models",
+    "plan_fuse",
     "plan_zip",
     "validate_model",
     "zip_models",

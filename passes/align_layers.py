@@ -147,6 +147,18 @@ def width_cost(widths_a: Sequence[int], widths_b: Sequence[int]) -> np.ndarray:
     return np.subtract.outer(np.array(widths_a, float), np.array(widths_b, float)) ** 2
 
 
+def order_cost(groups_a: Sequence[str], groups_b: Sequence[str]) -> np.ndarray:
+    """[m, n] differences of the layers' places in their groups: the i-th stands for the i-th.
+
+    The longest chain of heterogeneous model transfer (Wang et al. 2020), which CLAFusion's table 3 compares with.
+    """
+    return np.abs(np.subtract.outer(_ranks(groups_a), _ranks(groups_b))).astype(float)
+
+
+def _ranks(groups: Sequence[str]) -> list[int]:
+    return [list(groups[:place]).count(group) for place, group in enumerate(groups)]
+
+
 def wasserstein_cost(means_a: Sequence[np.ndarray], means_b: Sequence[np.ndarray]) -> np.ndarray:
     """[m, n] squared 2-Wasserstein distances between layers seen as clouds of channels.
 

@@ -11,8 +11,8 @@ A permutation has F[i, order[i]] = 1 and B = F'. Then this is `permute_slots`, b
 
 Of a transport plan T [m, n] with row sums a and column sums b, F = T' / b and B = T / a. OTFusion (Singh and Jaggi
 2020) divides by b on both sides. For equal widths that is the same. Otherwise the rows of its B sum to n / m, and so
-much is what reads the space scaled by. Here a constant that is transported stays the same in both directions, and a
-network whose channels are split into equal halves gives the network itself.
+much is what reads the space scaled by: the network with other widths has less say. Here a constant that is transported
+stays the same in both directions, and a network whose channels are split into equal halves gives the network itself.
 
 Running variances: their standard deviations are averaged, v' = (F sqrt(v))^2. That is the variance of F z when the
 channels that one of ours stands for move together, which is what they were matched for; F v would be larger.
@@ -56,8 +56,12 @@ class ChannelMap:
         return ChannelMap(forward, forward.T)
 
     @staticmethod
-    def from_plan(plan: np.ndarray) -> "ChannelMap":
+    def from_plan(plan: np.ndarray, *, published: bool = False) -> "ChannelMap":
         """The map of a transport plan [theirs, ours], whose entries are not negative.
+
+        Args:
+            plan: T
+            published: divide by the masses of ours on both sides, as OTFusion does.
 
         Raises:
             ModelError: a channel has no mass.
@@ -65,7 +69,7 @@ class ChannelMap:
         ours, theirs = plan.sum(0), plan.sum(1)
         if not (ours > 0).all() or not (theirs > 0).all():
             raise ModelError("the transport plan leaves out a channel")
-        return ChannelMap((plan / ours).T, plan / theirs[:, None])
+        return ChannelMap((plan / ours).T, plan / (ours if published else theirs[:, None]))
 
     @cached_property
     def order(self) -> np.ndarray | None:
@@ -158,7 +162,9 @@ def _key(space: Space, names: Mapping[str, str]) -> _Key:
 def transported_arrays(reference: oir.Model, partner: MappedPartner, spaces: Sequence[Space]) -> dict[str, np.ndarray]:
     """The partner's floating-point arrays in our shapes and channels, by our names.
 
-    Where all maps are permutations an array keeps its element type, else it is float64.
+    Where all maps are permutations an array keeps its element type, else it is float64. Between unequal widths numbers
+    that stand alone are left out: many go by the width, such as the scale of a head's scores, and those of ours go with
+    ours. (A sum of products of two activations over n channels in place of m becomes n / m of what it was.)
 
     Args:
         reference: our network.
@@ -173,10 +179,11 @@ def transported_arrays(reference: oir.Model, partner: MappedPartner, spaces: Seq
     for space in spaces:
         for slots in space.weights:
             inside.setdefault(slots.name, {})[space.name] = space
+    equal = all(partner.spaces[space.name].size == space.size for space in spaces)
     return {
         name: _carry_constant(value, partner, inside.get(name, {}).values())
         for name, value in reference.graph.initializers.items()
-        if name in partner.constants and is_float(value)
+        if name in partner.constants and is_float(value) and (equal or get_array(value).size > 1)
     }
 
 

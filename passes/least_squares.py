@@ -13,6 +13,8 @@ and RegMean (Jin et al. 2023), here with the merged model's own inputs, so that 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.blas import daxpy
 
 from onnxmerge.runtime.statistics import Regression
 
@@ -35,20 +37,77 @@ def solve_least_squares(
         [groups, fan in + 1, outputs]
     """
     seen = [(task, weight) for task, weight in zip(statistics, weights, strict=True) if task.rows]
-    gram = np.zeros_like(seen[0][0].gram)
-    cross = np.zeros_like(seen[0][0].cross)
-    for task, weight in seen:
-        variance = float(task.target_variance().mean())
-        factor = weight / (task.rows * max(variance, 1e-12))
-        gram += factor * task.gram
-        cross += factor * task.cross
+    factors = [weight / (task.rows * max(float(task.target_variance().mean()), 1e-12)) for task, weight in seen]
+    cross = np.sum([factor * task.cross for factor, (task, _) in zip(factors, seen, strict=True)], axis=0)
+    gram = _weighted_sum([task.gram for task, _ in seen], factors)
     fan_in = gram.shape[1] - 1
     solution = np.empty_like(cross)
     for group in range(len(gram)):
-        scale = float(np.trace(gram[group][:fan_in, :fan_in])) / max(fan_in, 1)
-        pull = np.full(fan_in + 1, ridge * max(scale, 1e-12))
-        pull[-1] = 1e-9 * gram[group][-1, -1]
-        solution[group] = np.linalg.solve(gram[group] + np.diag(pull), cross[group] + pull[:, None] * prior[group])
+        diagonal = np.einsum("ff->f", gram[group])
+        pull = np.full(fan_in + 1, ridge * max(float(diagonal[:-1].sum()) / max(fan_in, 1), 1e-12))
+        pull[-1] = 1e-9 * diagonal[-1]
+        diagonal += pull
+        solution[group] = _solve(gram[group], cross[group] + pull[:, None] * prior[group])
+    return solution
+
+
+def _weighted_sum(grams: Sequence[np.ndarray], factors: Sequence[float]) -> np.ndarray:
+    """Their sum, with one array more than there are; tasks that share a matrix count as one."""
+    shared: dict[int, float] = {}
+    for gram, factor in zip(grams, factors, strict=True):
+        shared[id(gram)] = shared.get(id(gram), 0.0) + factor
+    total: np.ndarray | None = None
+    for gram in grams:
+        factor = shared.pop(id(gram), 0.0)
+        if total is None:
+            total = factor * gram
+        elif factor:
+            daxpy(gram.reshape(-1), total.reshape(-1), a=factor)  # in place
+    assert total is not None
+    return total
+
+
+def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The solution of gram W = right for a symmetric matrix, whose lower triangle and diagonal are used up."""
+    diagonal = gram.diagonal().copy()
+    try:
+        factor = cho_factor(gram.T, overwrite_a=True, check_finite=False)  # its upper triangle is our lower one
+    except np.linalg.LinAlgError:  # not positive to rounding
+        whole = np.triu(gram, 1)
+        return np.linalg.solve(whole + whole.T + np.diag(diagonal), right)
+    return cho_solve(factor, right, overwrite_b=True, check_finite=False)
+
+
+def solve_by_channel(
+    statistics: Sequence[Regression],
+    current: np.ndarray,
+    weights: Sequence[float],
+    taken: Sequence[np.ndarray],
+    ridge: float = RIDGE,
+) -> np.ndarray:
+    """`solve_least_squares` for channels whose targets are those of some of the tasks only.
+
+    Args:
+        statistics: one for each task; those without rows count nothing.
+        current: the prior; channels without any target keep it.
+        weights: a_t, one for each task.
+        taken: for each task [channels] whether a channel's target is (also) the task's.
+        ridge: lambda.
+
+    Returns:
+        [groups, fan in + 1, outputs]
+    """
+    solution = np.array(current, np.float64)
+    groups, _, outputs = solution.shape
+    seen = [bool(task.rows) for task in statistics]
+    owners = np.stack([own & known for own, known in zip(taken, seen, strict=True)]).reshape(-1, groups, outputs)
+    for pattern in np.unique(owners.reshape(len(owners), -1), axis=1).T:
+        if pattern.any():
+            chosen = [number for number, own in enumerate(pattern) if own]
+            parts = [statistics[number] for number in chosen], [weights[number] for number in chosen]
+            found = solve_least_squares(parts[0], current, parts[1], ridge)
+            same = (owners == pattern[:, None, None]).all(axis=0)
+            solution = np.where(same[:, None, :], found, solution)
     return solution
 
 

@@ -1,7 +1,7 @@
 """Match the channels of two networks of any widths: which channels of theirs ours stand for.
 
 First a cost [theirs, ours] for each space, small where two channels do the same job, summed over the places where the
-space lies. By activations it is one minus the correlation, or OTFusion's squared distance of the two channels' values
+space lies. By activations it is one minus the correlation, or OTFusion's Euclidean distance of the two channels' values
 on the same samples, from streamed second moments: |z_i|^2 + |z_j|^2 - 2 z_i . z_j. By weights it is the squared
 distance of what makes the two channels, layer by layer, theirs under the maps of the spaces before (Singh and Jaggi
 2020).
@@ -54,9 +54,9 @@ def correlation_cost(statistics: PairStatistics) -> np.ndarray:
 
 
 def distance_cost(statistics: PairStatistics) -> np.ndarray:
-    """The mean squared difference."""
-    ours, theirs = np.diag(statistics.aa), np.diag(statistics.bb)
-    return np.maximum(theirs[:, None] + ours - 2 * statistics.ab.T, 0) / statistics.rows
+    """The root of the mean squared difference: OTFusion's Euclidean ground metric."""
+    ours, theirs = statistics.square_a, statistics.square_b
+    return np.sqrt(np.maximum(theirs[:, None] + ours - 2 * statistics.ab.T, 0) / statistics.rows)
 
 
 def match_by_activations(
@@ -174,7 +174,7 @@ def assign(cost: np.ndarray) -> ChannelMap:
     return ChannelMap.from_permutation(linear_sum_assignment(_with_ties_broken(cost).T)[1])
 
 
-def transport(cost: np.ndarray, regularisation: float = 0.0) -> ChannelMap:
+def transport(cost: np.ndarray, regularisation: float = 0.0, *, published: bool = False) -> ChannelMap:
     """Optimal transport of equal masses on all channels of theirs to equal masses on all of ours.
 
     Args:
@@ -182,6 +182,7 @@ def transport(cost: np.ndarray, regularisation: float = 0.0) -> ChannelMap:
         regularisation: weight of the plan's negative entropy, as a share of the median cost (Cuturi 2013); 0 is exact.
             An exact plan between equal widths is an assignment. Without any difference in cost the plan is exact too.
             A small weight may leave the masses of theirs only nearly equal; the rows of both matrices still sum to one.
+        published: see `ChannelMap.from_plan`.
 
     Raises:
         ModelError: the cost is not finite, or no plan was found.
@@ -201,7 +202,7 @@ def transport(cost: np.ndarray, regularisation: float = 0.0) -> ChannelMap:
         if log["warning"] is not None:
             raise ModelError(f"no transport plan was found: {log['warning']}")
         plan[plan < 1e-9 / max(theirs, ours)] = 0  # rounding
-    return ChannelMap.from_plan(plan)
+    return ChannelMap.from_plan(plan, published=published)
 
 
 def _with_ties_broken(cost: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from onnxmerge.ir.spaces import Space
 from onnxmerge.passes.channel_map import MappedPartner, carry_value, transported_arrays
 from onnxmerge.passes.refit import set_weights_and_bias, stacked, weights_and_bias
 from onnxmerge.passes.transport import TransportAverage
-from onnxmerge.runtime.activations import Samples, stream
+from onnxmerge.runtime.activations import BATCH, Samples, lockstep
 from onnxmerge.runtime.patches import Positions, channel_axis, grid_of, input_rows, positions_needed
 
 DAMPING = 1e-6
@@ -107,14 +107,21 @@ class HessianAverage(oir.passes.InPlacePass):
         rows, unknowns = [0] * len(layers), [weights_and_bias(layer).shape[1] for layer in layers]
         wanted = [value.name or "" for layer in layers for value in (layer.input, layer.linear)]
         read = [name if names is None else names[name] for name in wanted]
-        for values in stream(network, samples, list(dict.fromkeys(read)), threads=self.threads):
+        positions: dict[int, Positions] = {}
+        seen = 0
+        for (values,) in lockstep((network, samples, list(dict.fromkeys(read))), threads=self.threads):
+            if seen % BATCH == 0:
+                positions = {}
+            seen += len(next(iter(values.values())))
             for number, layer in enumerate(layers):
                 inputs, outputs = (values[name] for name in read[2 * number : 2 * number + 2])
                 if partner is not None:
                     inputs = carry_value(layer.input.name or "", inputs, partner, self.spaces)
                 grid = grid_of(outputs, channel_axis(layer))
                 needed = positions_needed(unknowns[number], self.count)
-                x = input_rows(layer, inputs, Positions.sample(generators[number], grid, needed)).astype(np.float64)
+                if number not in positions:
+                    positions[number] = Positions.sample(generators[number], grid, needed)
+                x = input_rows(layer, inputs, positions[number]).astype(np.float64)
                 ones = np.full((*x.shape[:2], 1), 0.0 if layer.bias is None else 1.0)
                 x = np.concatenate([x, ones], axis=2)
                 sums[number] += x.transpose(0, 2, 1) @ x

@@ -2,15 +2,18 @@
 
 Layers are taken in topological order. Each is fitted on the network's *own* activations, so it sees and repairs the
 errors of the layers before it. The network is walked cut by cut: the values of a cut are kept on disk, so that the cost
-is linear in depth and no set of activations is ever held in memory.
+is linear in depth and no set of activations is ever held in memory. Between two cuts each teacher runs once, and what
+it computes at the sampled positions is kept as well. The student runs once for each wave of layers that are ready
+together and once for the cut, however many teachers share its samples.
 
 Where a layer's output is added to a value that is final already (the skip of a residual block), its target is the
 teacher's sum minus that actual value: the branch then makes up for what the skip got wrong.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import onnx_ir as oir
 from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.weights import get_array, set_array
-from onnxmerge.runtime.activations import Arrays, Samples, store, stream
+from onnxmerge.runtime.activations import BATCH, Arrays, OnDisk, Samples, Stored, keep, lockstep, store, stream
 from onnxmerge.runtime.patches import (
     Positions,
     channel_axis,
@@ -46,7 +49,8 @@ class Teacher:
     Attributes:
         model: the original.
         samples: its inputs.
-        student_samples: the same samples as the student reads them.
+        student_samples: the same samples as the student reads them; what is gathered of the student serves all teachers
+            that have the same object here.
         count: number of samples.
         values: name of a student's value -> name of the teacher's value that it stands for. Layers and cuts may be
             missing, as where the teacher is shallower.
@@ -73,6 +77,32 @@ class _Fit:
     """The student's value whose teacher is the target."""
     skip: str | None
     """A final value to subtract from the target."""
+
+    @property
+    def name(self) -> str:
+        """Of the layer's own output."""
+        return self.layer.linear.name or ""
+
+
+_Wave = list[_Fit]
+"""Layers that can be fitted as soon as those of the waves before are."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one teacher computes between two cuts."""
+
+    places: Mapping[str, Sequence[Positions]]
+    """By the name of a fit: where its layer is looked at, for each `BATCH` samples."""
+    targets: Mapping[str, np.ndarray | OnDisk]
+    """By the name of a fit: [samples, positions, channels], in the student's channels and scale."""
+    cut: np.ndarray | OnDisk | None
+    """What arrives at the second cut; None at the end of the network."""
+
+    def rows(self, fit: _Fit, start: int, stop: int) -> np.ndarray:
+        """[samples * positions, channels]: the targets of the samples from `start` to `stop`."""
+        found = self.targets[fit.name][start:stop]
+        return found.reshape(-1, found.shape[-1])
 
 
 class Refit(oir.passes.InPlacePass):
@@ -118,49 +148,69 @@ class Refit(oir.passes.InPlacePass):
         with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
             walked = dict(self.teachers)
             cuts = [cut for cut in self.cuts if all(cut in teacher.values for teacher in walked.values())]
+            before: Path | None = None
             for step, cut in enumerate([*cuts, None]):
                 ends = [cut] if cut is not None else [v.name or "" for v in model.graph.outputs]
                 if not set(ends) - set(at):
                     continue
-                piece = cut_out(model, at, ends)
-                self._refit_piece(piece, walked)
+                piece, room = cut_out(model, at, ends), Path(folder) / str(step)
+                seen = self._refit_piece(piece, walked, cut, room)
                 _copy_weights(piece, model)
                 if cut is not None:
-                    walked = {
-                        task: self._advance(piece, teacher, at, cut, Path(folder) / str(step) / task)
-                        for task, teacher in walked.items()
-                    }
-                    at = ends
+                    walked, at = self._advanced(piece, walked, seen, cut, room), ends
+                if before is not None:
+                    shutil.rmtree(before)
+                before = room
         return oir.passes.PassResult(model, modified=True)
 
-    def _advance(self, piece: oir.Model, teacher: Teacher, at: list[str], cut: str, folder: Path) -> Teacher:
-        theirs = teacher.values[cut]
-        model = cut_out(teacher.model, [teacher.values[name] for name in at], [theirs])
-        after = cut_out(teacher.model, [theirs], [v.name or "" for v in teacher.model.graph.outputs])
-        return Teacher(
-            after,
-            store(model, teacher.samples, [theirs], folder / "teacher", threads=self.threads),
-            store(piece, teacher.student_samples, [cut], folder / "student", threads=self.threads),
-            teacher.count,
-            teacher.values,
-            teacher.orders,
-            teacher.scales,
-            teacher.maps,
-        )
+    def _refit_piece(
+        self, piece: oir.Model, teachers: Mapping[str, Teacher], cut: str | None, room: Path
+    ) -> dict[str, _Seen]:
+        """Refit what lies before `cut`; what the teachers compute there."""
+        waves = self._waves(piece, teachers)
+        student = next(iter(teachers.values())).student_samples
+        targets = list(dict.fromkeys(fit.target for wave in waves for fit in wave))
+        grids = next(stream(piece, student, targets, threads=self.threads, size=1))
+        seen = {
+            task: self._observe(teacher, waves, grids, cut, room / f"teacher{number}")
+            for number, (task, teacher) in enumerate(teachers.items())
+        }
+        for wave in waves:
+            self._refit_wave(piece, wave, teachers, seen)
+        return seen
 
-    def _refit_piece(self, piece: oir.Model, teachers: Mapping[str, Teacher]) -> None:
+    def _advanced(
+        self,
+        piece: oir.Model,
+        teachers: Mapping[str, Teacher],
+        seen: Mapping[str, _Seen],
+        cut: str,
+        room: Path,
+    ) -> dict[str, Teacher]:
+        """The teachers from `cut` on, with what arrives there."""
+        advanced = {}
+        for number, tasks in enumerate(_sharing(teachers)):
+            samples = teachers[tasks[0]].student_samples
+            arriving = store(piece, samples, [cut], room / f"student{number}", threads=self.threads)
+            for task in tasks:
+                teacher, own = teachers[task], seen[task].cut
+                assert own is not None
+                theirs, ends = teacher.values[cut], [v.name or "" for v in teacher.model.graph.outputs]
+                rest = cut_out(teacher.model, [theirs], ends)
+                advanced[task] = replace(teacher, model=rest, samples=Stored({theirs: own}), student_samples=arriving)
+        return {task: advanced[task] for task in teachers}
+
+    def _waves(self, piece: oir.Model, teachers: Mapping[str, Teacher]) -> list[_Wave]:
+        """The layers that some teacher has a target for, in the order in which they are fitted."""
+        waves = []
         waiting = [layer for layer in find_layers(piece) if layer.op != "ConvTranspose"]
         while waiting:
             ancestors = _ancestors(piece, {layer.node for layer in waiting})
             ready = [layer for layer in waiting if not ancestors[layer.input]]
             fits = [self._fit(layer, ancestors) for layer in ready]
-            fits = [fit for fit in fits if any(fit.target in t.values for t in teachers.values())]
-            statistics = [self._gather(piece, teacher, fits) for teacher in teachers.values()]
-            for number, fit in enumerate(fits):
-                current = weights_and_bias(fit.layer)
-                set_weights_and_bias(fit.layer, self.solve(fit.layer, [task[number] for task in statistics], current))
-                self.progress(fit.layer.name)
+            waves.append([fit for fit in fits if any(fit.target in t.values for t in teachers.values())])
             waiting = [layer for layer in waiting if layer not in ready]
+        return [wave for wave in waves if wave]
 
     def _fit(self, layer: Layer, unfinished: Mapping[oir.Value, bool]) -> _Fit:
         uses = list(layer.linear.uses())
@@ -171,35 +221,88 @@ class Refit(oir.passes.InPlacePass):
                 return _Fit(layer, add.outputs[0].name or "", other.name)
         return _Fit(layer, layer.linear.name or "", None)
 
-    def _gather(self, piece: oir.Model, teacher: Teacher, fits: Sequence[_Fit]) -> list[Regression]:
-        generator = np.random.default_rng(self.seed)
-        found = [Regression() for _ in fits]
-        known = [(fit, own) for fit, own in zip(fits, found, strict=True) if fit.target in teacher.values]
-        for ours, theirs in self._lockstep(piece, teacher, [fit for fit, _ in known]):
-            for fit, statistics in known:
-                axis = channel_axis(fit.layer)
-                target = theirs[teacher.values[fit.target]]
-                fan_in = weight_matrix(fit.layer, get_array(fit.layer.weight)).shape[1]
-                needed = positions_needed(fan_in + 1, teacher.count)
-                positions = Positions.sample(generator, grid_of(target, axis), needed)
-                rows = output_rows(target, axis, positions)
+    def _observe(
+        self, teacher: Teacher, waves: Sequence[_Wave], examples: Arrays, cut: str | None, folder: Path
+    ) -> _Seen:
+        """Run a teacher once; `examples` are the targets' values for one sample."""
+        places: dict[str, list[Positions]] = {fit.name: [] for wave in waves for fit in wave}
+        for wave in waves:
+            generator = np.random.default_rng(self.seed)
+            for _ in range(0, teacher.count, BATCH):
+                for fit in wave:
+                    grid = grid_of(examples[fit.target], channel_axis(fit.layer))
+                    fan_in = weight_matrix(fit.layer, get_array(fit.layer.weight)).shape[1]
+                    needed = positions_needed(fan_in + 1, teacher.count)
+                    places[fit.name].append(Positions.sample(generator, grid, needed))
+        known = [fit for wave in waves for fit in wave if fit.target in teacher.values]
+        kept = keep(self._observed(teacher, known, places, cut), folder).arrays
+        numbered = {fit.name: kept[f"target {number}"] for number, fit in enumerate(known)}
+        return _Seen(places, numbered, kept["cut"] if cut is not None else None)
+
+    def _observed(
+        self, teacher: Teacher, fits: Sequence[_Fit], places: Mapping[str, Sequence[Positions]], cut: str | None
+    ) -> Iterator[Arrays]:
+        names = [teacher.values[name] for name in (*(fit.target for fit in fits), *([] if cut is None else [cut]))]
+        source = teacher.model, teacher.samples, list(dict.fromkeys(names))
+        start = 0
+        for (values,) in lockstep(source, threads=self.threads) if names else ():
+            found = {} if cut is None else {"cut": values[teacher.values[cut]]}
+            count = len(values[names[0]])
+            for number, fit in enumerate(fits):
+                target = values[teacher.values[fit.target]]
+                rows = output_rows(target, channel_axis(fit.layer), places[fit.name][start // BATCH])
                 if fit.target in teacher.orders:
                     rows = rows[:, teacher.orders[fit.target]]
                 if fit.target in teacher.maps:
                     rows = rows @ teacher.maps[fit.target].T
                 if fit.target in teacher.scales:
                     rows = rows * teacher.scales[fit.target]
-                if fit.skip is not None:
-                    rows = rows - output_rows(ours[fit.skip], axis, positions)
-                statistics.update(input_rows(fit.layer, ours[fit.layer.input.name or ""], positions), rows)
-        return found
+                found[f"target {number}"] = rows.reshape(count, -1, rows.shape[-1]).astype(target.dtype)
+            yield found
+            start += count
 
-    def _lockstep(self, piece: oir.Model, teacher: Teacher, fits: Sequence[_Fit]) -> Iterator[tuple[Arrays, Arrays]]:
-        read = [name for fit in fits for name in (fit.layer.input.name, fit.skip) if name]
-        targets = [teacher.values[fit.target] for fit in fits]
-        ours = stream(piece, teacher.student_samples, list(dict.fromkeys(read)), threads=self.threads)
-        theirs = stream(teacher.model, teacher.samples, list(dict.fromkeys(targets)), threads=self.threads)
-        return zip(ours, theirs, strict=True)
+    def _refit_wave(
+        self, piece: oir.Model, wave: _Wave, teachers: Mapping[str, Teacher], seen: Mapping[str, _Seen]
+    ) -> None:
+        found: dict[str, list[Regression]] = {}
+        for tasks in _sharing(teachers):
+            samples = teachers[tasks[0]].student_samples
+            found |= self._gather(piece, samples, wave, {task: seen[task] for task in tasks})
+        for fit in wave:
+            statistics = [found[task].pop(0) for task in teachers]
+            set_weights_and_bias(fit.layer, self.solve(fit.layer, statistics, weights_and_bias(fit.layer)))
+            self.progress(fit.layer.name)
+
+    def _gather(
+        self, piece: oir.Model, samples: Samples, wave: _Wave, seen: Mapping[str, _Seen]
+    ) -> dict[str, list[Regression]]:
+        """For each task the statistics of each layer: the inputs are the student's, the targets the teacher's."""
+        knowing = [[task for task, own in seen.items() if fit.name in own.targets] for fit in wave]
+        known = [(fit, tasks, Regression()) for fit, tasks in zip(wave, knowing, strict=True) if tasks]
+        read = [name for fit, _, _ in known for name in (fit.layer.input.name, fit.skip) if name]
+        start = 0
+        for (ours,) in lockstep((piece, samples, list(dict.fromkeys(read))), threads=self.threads) if read else ():
+            stop = start + len(ours[read[0]])
+            for fit, tasks, statistics in known:
+                positions = seen[tasks[0]].places[fit.name][start // BATCH]
+                targets = [seen[task].rows(fit, start, stop) for task in tasks]
+                if fit.skip is not None:
+                    skip = output_rows(ours[fit.skip], channel_axis(fit.layer), positions)
+                    targets = [rows - skip for rows in targets]
+                inputs = input_rows(fit.layer, ours[fit.layer.input.name or ""], positions)
+                groups = [rows.reshape(len(rows), fit.layer.groups, -1) for rows in targets]
+                statistics.update(inputs, np.stack(groups, axis=2))
+            start = stop
+        parts = {fit.name: dict(zip(tasks, own.split(len(tasks)), strict=True)) for fit, tasks, own in known}
+        return {task: [parts.get(fit.name, {}).get(task, Regression()) for fit in wave] for task in seen}
+
+
+def _sharing(teachers: Mapping[str, Teacher]) -> list[list[str]]:
+    """The tasks, those together whose teachers have the same student samples."""
+    found: dict[int, list[str]] = {}
+    for task, teacher in teachers.items():
+        found.setdefault(id(teacher.student_samples), []).append(task)
+    return list(found.values())
 
 
 def _ancestors(piece: oir.Model, unfinished: set[oir.Node]) -> dict[oir.Value, bool]:

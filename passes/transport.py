@@ -16,7 +16,7 @@ from onnxmerge.passes.channel_map import MappedPartner, transported_arrays
 
 
 class TransportAverage(oir.passes.InPlacePass):
-    """Replace every float constant that all partners have by the weighted mean of the transported ones.
+    """Replace every float constant by the weighted mean of it and of the transported ones of the partners that have it.
 
     Args:
         partners: the other networks.
@@ -35,7 +35,7 @@ class TransportAverage(oir.passes.InPlacePass):
         """Average in float64."""
         arrays = [(p.weight, transported_arrays(model, p, self.spaces)) for p in self.partners]
         for name, value in model.graph.initializers.items():
-            if all(name in own for _, own in arrays):
-                others = ((share, own[name]) for share, own in arrays)
+            others = [(share, own[name]) for share, own in arrays if name in own]
+            if others:
                 set_array(value, weighted_mean(get_array(value), self.weight, others))
         return oir.passes.PassResult(model, modified=True)

@@ -1,7 +1,7 @@
 """Least squares layer by layer: its patches, its statistics, its solutions, and the walk through a network."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as oir
@@ -21,7 +21,8 @@ from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
 from onnxmerge.passes.least_squares import solve_least_squares, solve_repair
 from onnxmerge.passes.permute import Permute
 from onnxmerge.passes.refit import Refit, Teacher
-from onnxmerge.runtime.activations import Renamed, store, stream
+from onnxmerge.runtime import activations
+from onnxmerge.runtime.activations import Renamed, lockstep, store, stream
 from onnxmerge.runtime.patches import (
     Positions,
     channel_axis,
@@ -419,6 +420,42 @@ def test_the_walk_is_deterministic():
         Refit({"t": teacher_of(teacher, samples)}, [], least_squares(1e-2), seed=5, threads=1)(student)
         results.append({name: get_array(value).tobytes() for name, value in student.graph.initializers.items()})
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("cuts", [False, True], ids=["whole", "cut by cut"])
+def test_teachers_that_share_samples_cost_one_gram_and_change_nothing(cuts):
+    first, second, samples = prepared(chain(seed=1)), prepared(chain(seed=2)), Random((3, 10, 10))
+    weights, shared = [], []
+    for again in (samples, Random((3, 10, 10))):
+        student = first.clone()
+        teachers = {"a": teacher_of(first, samples), "b": replace(teacher_of(second, samples), student_samples=again)}
+
+        def solve(layer, statistics, current):
+            shared.append(statistics[0].gram is statistics[1].gram)
+            return solve_least_squares(statistics, current, [1.0, 2.0], 1e-2)
+
+        places = [unit.cut for unit in find_units(student)] if cuts else []
+        Refit(teachers, places, solve, threads=1)(student)
+        weights.append({name: get_array(value) for name, value in student.graph.initializers.items()})
+    half = len(shared) // 2
+    assert all(shared[:half]) and not any(shared[half:])
+    for name, array in weights[0].items():
+        np.testing.assert_allclose(array, weights[1][name], atol=1e-4 * max(np.abs(array).max(), 1e-2))
+
+
+def test_batches_shrink_until_they_fit_and_change_no_value(monkeypatch):
+    model, samples = chain().model(), Random((3, 10, 10), count=50)
+    tap = find_layers(model)[1].pre_activation.name
+    sizes, values = [], []
+    for memory in (10**9, 200_000, 1):
+        monkeypatch.setattr(activations, "MEMORY", memory)
+        batches = [batch[tap] for (batch,) in lockstep((model, samples, [tap]), threads=1)]
+        sizes.append(len(batches[0]))
+        values.append(np.concatenate(batches))
+    assert sizes[0] == 50 and sizes[2] == 1
+    assert 1 < sizes[1] < 50
+    for own in values[1:]:
+        np.testing.assert_allclose(own, values[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,16 +1,13 @@
-"""Where a network can be cut, and which part of one network does the job of which part of another."""
+"""Where a network can be cut."""
 
 import numpy as np
-import onnx
 import onnx_ir as oir
 import pytest
 from graphs import Net, chain, dense, execute, feeds_for, relative_error, residual
 
 from onnxmerge.ir.compose import cut_out
-from onnxmerge.ir.correspond import correspond
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.load import load
-from onnxmerge.ir.normalise import normalise
 from onnxmerge.ir.units import find_units
 
 
@@ -144,88 +141,3 @@ def test_a_bias_added_to_a_matrix_product_belongs_to_the_layer():
     assert layer.linear.producer().op_type == "Add"
     assert layer.macs == 7 * 48
     assert layer.parameters == 48 + 8
-
-
-# --- correspondence ---------------------------------------------------------------------------------------------------
-
-
-def two_branches(order: str, width: int = 6) -> oir.Model:
-    """Two branches of different kernels, summed; `order` tells in which order the nodes stand."""
-    net = Net(seed=len(order))
-    x = net.input(["N", 4, 8, 8])
-    ends = {}
-    for branch in order:
-        kernel = {"a": 3, "b": 1}[branch]
-        middle = net.op("Relu", net.conv(x, width, kernel=kernel), name=f"{branch}1")
-        ends[branch] = net.conv(middle, 5, kernel=kernel)
-    net.head(net.op("Add", ends["a"], ends["b"], name="sum"))
-    return net.model()
-
-
-def test_reordered_nodes_correspond():
-    first, second = two_branches("ab"), two_branches("ba")
-    assert [node.name for node in first.graph] != [node.name for node in second.graph]
-    found = correspond(first, second)
-    assert not found.stopped
-    assert found.values["a1"] == "a1"
-    assert found.values["sum"] == "sum"
-    assert set(found.values) == {"x"} | {v.name for node in first.graph for v in node.outputs}
-    shapes = [
-        (first.graph.initializers[a].shape, second.graph.initializers[b].shape) for a, b in found.constants.items()
-    ]
-    assert len(shapes) == len(first.graph.initializers)
-    assert all(a == b for a, b in shapes)
-
-
-def test_every_value_of_a_network_corresponds_to_itself_under_other_names(shared):
-    for name in ("resnet20_cifar10", "ppocr_v2_cls", "ultraface_rfb_320"):
-        proto = onnx.load(shared(name))
-        for node in proto.graph.node:
-            for names in (node.input, node.output):
-                names[:] = [f"{n}_" if n else n for n in names]
-        for values in (proto.graph.input, proto.graph.output, proto.graph.initializer, proto.graph.value_info):
-            for value in values:
-                value.name += "_"
-        model = load(shared(name))
-        found = correspond(model, normalise(oir.from_proto(proto)))
-        assert not found.stopped
-        computed = {v.name for node in model.graph for v in node.outputs}
-        assert computed <= set(found.values)
-        assert set(found.constants) == set(model.graph.initializers)
-
-
-def test_siblings_correspond(shared):
-    first, second = load(shared("candy_nc8_256")), load(shared("udnie_nc8_256"))
-    found = correspond(first, second)
-    assert not found.stopped
-    assert set(found.constants) == set(first.graph.initializers)
-
-
-def test_a_differing_width_is_reported_and_stops_there(shared):
-    found = correspond(two_branches("ab"), two_branches("ab", width=7))
-    assert len(found.stopped) == 2
-    assert "has shape [6, 4, 3, 3] in one network and [7, 4, 3, 3] in the other" in found.stopped[0]
-    assert set(found.values) == {"x"}
-
-    found = correspond(two_branches("ab"), two_branches("ab", width=7), same_sizes=False)
-    assert not found.stopped
-    assert "sum" in found.values
-
-    cifar10, cifar100 = load(shared("resnet8_cifar10")), load(shared("resnet8_cifar100"))
-    found = correspond(cifar10, cifar100)
-    assert len(found.stopped) == 1
-    assert found.stopped[0].startswith("Gemm ")
-    assert "has shape [10, 256] in one network and [100, 256] in the other" in found.stopped[0]
-
-
-def test_a_differing_operator_attribute_or_depth_is_reported():
-    def small(activation: str = "Relu", **attributes: list[int]) -> oir.Model:
-        net = Net()
-        net.head(net.op(activation, net.conv(net.input(["N", 3, 8, 8]), 4, **attributes)))
-        return net.model()
-
-    assert "the other network has Tanh" in correspond(small(), small("Tanh")).stopped[0]
-    assert "only one of the two sets the attribute 'strides'" in correspond(small(), small(strides=[2, 2])).stopped[0]
-    assert "the attribute 'strides' differs" in correspond(small(strides=[2, 1]), small(strides=[2, 2])).stopped[0]
-    shallow, deep = chain(norm=False).model(), residual().model()
-    assert correspond(shallow, deep).stopped

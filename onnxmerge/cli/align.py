@@ -1,6 +1,5 @@
 """onnxmerge align: which layers of two networks stand for each other."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,14 +8,7 @@ import typer
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
-
-
-class Cost(StrEnum):
-    """What a layer map minimises."""
-
-    CKA = "cka"
-    WIDTH = "width"
-    WASSERSTEIN = "wasserstein"
+from onnxmerge.methods.choices import LayerCost
 
 
 @reports_errors
@@ -32,12 +24,7 @@ def align(
             show_default=False,
         ),
     ],
-    cost: Annotated[
-        Cost,
-        typer.Option(
-            "--cost", help="What the map minimises: 1 - CKA, the difference of widths, the distance between layers."
-        ),
-    ] = Cost.CKA,
+    cost: options.Cost = LayerCost.CKA,
     free_ends: Annotated[
         bool, typer.Option("--free-ends", help="Do not tie first layers to each other, nor last ones.")
     ] = False,
@@ -62,7 +49,7 @@ def align(
             data,
             samples=samples,
             seed=seed,
-            cost=cost.value,
+            cost=cost,
             ends=not free_ends,
             threads=threads,
             progress=bars,

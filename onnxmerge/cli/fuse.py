@@ -1,7 +1,7 @@
 """onnxmerge fuse: networks of one task into one."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,7 +9,10 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
-from onnxmerge.methods.choices import Balance, Rule
+from onnxmerge.methods.choices import Balance, LayerCost, Matching, Rule, Start, Targets
+
+if TYPE_CHECKING:
+    from onnxmerge.methods.fuse_plan import FusePlan
 
 
 @reports_errors
@@ -25,8 +28,42 @@ def fuse(
     ] = None,
     rule: Annotated[Rule, typer.Option("--rule", help="How aligned weights become one.")] = Rule.LEAST_SQUARES,
     balance: Annotated[
-        Balance, typer.Option("--balance", help="Add identities to the shallower network, or collapse layers.")
-    ] = Balance.ADD,
+        Balance | None,
+        typer.Option(
+            "--balance",
+            help="Layers without a counterpart: add identities, collapse them, or keep the result's own.",
+            show_default=False,
+        ),
+    ] = None,
+    match: Annotated[
+        Matching, typer.Option("--match", help="What channels are compared by; none: they keep their order.")
+    ] = Matching.ACTIVATIONS,
+    entropy: Annotated[
+        float, typer.Option("--entropy", min=0.0, help="Regularisation of optimal transport; 0: exact.")
+    ] = 0.0,
+    cost: options.Cost = LayerCost.CKA,
+    layer_map: Annotated[
+        Path | None,
+        typer.Option("--map", metavar="FILE", help="A plan.json whose layer maps are taken.", show_default=False),
+    ] = None,
+    targets: Annotated[
+        Targets | None,
+        typer.Option(
+            "--targets",
+            help="What least squares fits a channel to: the mean of matched channels, or one network's channel; "
+            "default: the better of both.",
+            show_default=False,
+        ),
+    ] = None,
+    start: Annotated[
+        Start | None,
+        typer.Option(
+            "--start",
+            help="What is calibrated: what the rule makes, the network itself, or random weights; "
+            "default: the best of several.",
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option("--weights", metavar="W,W,...", help="Weight of each network.", show_default=False)
     ] = None,
@@ -36,11 +73,27 @@ def fuse(
     ] = None,
     steps: options.Steps = 0,
     labels: options.Labels = False,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.1, help="Softens logits while calibrating.")
+    ] = 2.0,
+    distil_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--distil-weight",
+            metavar="G",
+            min=0.0,
+            max=1.0,
+            help="G times the teachers' loss and 1 - G times that of the labels.",
+            show_default=False,
+        ),
+    ] = None,
     samples: options.Samples = 10_000,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -48,21 +101,29 @@ def fuse(
 ) -> None:
     """Fuse networks of one task, whatever their depths and widths, into one network of the size of one.
 
-    Writes merged.onnx, report.json and report.html to DIR.
+    Writes merged.onnx, one model for each candidate, plan.json, report.json and report.html to DIR.
     """
     from onnxmerge.data import parse_data_option
-    from onnxmerge.methods.fuse import FuseSettings, fuse_models
+    from onnxmerge.methods.candidates import Interrupted
+    from onnxmerge.methods.fuse import fuse_models, plan_fuse
+    from onnxmerge.methods.fuse_settings import FuseSettings
     from onnxmerge.methods.task import task_names
 
-    if output is None:
-        raise UsageError("give an output folder with -o DIR")
     settings = FuseSettings(
         into=into,
         rule=rule,
         balance=balance,
+        match=match,
+        entropy=entropy,
+        cost=cost,
+        maps=None if layer_map is None else str(layer_map),
+        targets=targets,
+        start=start,
         weights=_weights(weights),
         max_drop=max_drop,
         steps=steps,
+        temperature=temperature,
+        distil_weight=distil_weight,
         samples=samples,
         labels=labels,
         seed=seed,
@@ -70,11 +131,24 @@ def fuse(
         providers=options.provider_list(providers),
     )
     sources = parse_data_option(data, task_names(models))
-    with Bars(quiet) as bars:
-        result = fuse_models(models, sources, output, settings=settings, overwrite=overwrite, progress=bars)
+    if dry_run:
+        with Bars(quiet) as bars:
+            plan = plan_fuse(models, sources, settings=settings, progress=bars)
+        _print_plan(plan, as_json)
+        return
+    if output is None:
+        raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
+    try:
+        with Bars(quiet) as bars:
+            result = fuse_models(
+                models, sources, output, settings=settings, overwrite=overwrite, resume=resume, progress=bars
+            )
+    except Interrupted as stopped:
+        options.show(stopped.result, as_json=as_json, report=report)
+        raise KeyboardInterrupt(f"interrupted; {stopped.result.notes[-1]} --resume goes on from there") from stopped
     options.show(result, as_json=as_json, report=report)
     if result.chosen is None:
-        raise GateFailed(f"the fused network does not stay within --max-drop {max_drop:g}; it is in {output}")
+        raise GateFailed(f"no candidate stays within --max-drop {max_drop:g}; see {output / 'report.html'}")
 
 
 def _weights(text: str | None) -> tuple[float, ...] | None:
@@ -84,3 +158,20 @@ def _weights(text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--weights {text}: is no list of numbers such as 1,1,0.5") from error
+
+
+def _print_plan(plan: "FusePlan", as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        print(plan.to_json(), end="")
+        return
+    table = Table(f"layer of {plan.into}", *plan.maps)
+    for layer in plan.layers:
+        table.add_row(layer, *(_partner(own, layer) for own in plan.maps.values()))
+    Console().print(table)
+
+
+def _partner(layers: dict[str, str], wanted: str) -> str:
+    return next((theirs for theirs, ours in layers.items() if ours == wanted), "-")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxmerge.errors import UsageError
+from onnxmerge.methods.choices import LayerCost
 
 if TYPE_CHECKING:
     from onnxmerge.report.schema import Result
@@ -30,6 +31,14 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads i
 Providers = Annotated[str, typer.Option("--providers", metavar="P[,P]", help="Where to run: cpu, cuda, tensorrt.")]
 Report = Annotated[
     Path | None, typer.Option("--report", metavar="FILE", help="Also write the report to FILE (.json or .html).")
+]
+Cost = Annotated[
+    LayerCost,
+    typer.Option(
+        "--cost",
+        help="What the map between layers minimises: 1 - CKA, the difference of widths, the distance between layers, "
+        "or the difference of their places (the longest chain).",
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep the candidates of an interrupted run and go on.")]

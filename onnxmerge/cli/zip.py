@@ -59,8 +59,9 @@ def zip(
     Writes merged.onnx (the chosen one), one model for each candidate, plan.json, report.json and report.html to DIR.
     """
     from onnxmerge.data import parse_data_option
+    from onnxmerge.methods.candidates import Interrupted
     from onnxmerge.methods.task import task_names
-    from onnxmerge.methods.zip import Interrupted, ZipSettings, plan_zip, zip_models
+    from onnxmerge.methods.zip import ZipSettings, plan_zip, zip_models
 
     names = task_names(models)
     if dry_run:

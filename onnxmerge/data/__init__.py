@@ -6,7 +6,8 @@ A data source is one of
   prefix `test_` are held out, and without any a seeded tenth is;
 - a folder of images, with one sub-folder for each class when labelled;
 - a YAML data card that says how such an archive or folder is to be read (`onnxmerge.data.card`);
-- `module:function`, a Python function that yields batches.
+- `module:function`, a Python function that yields batches;
+- `noise`, a stand-in where there are no data (`onnxmerge.data.stand_in`).
 """
 
 from onnxmerge.data.dataset import Batch, Dataset, InputSpec, Split

@@ -12,6 +12,7 @@ from onnxmerge.errors import UsageError
 
 LABELS = "labels"
 TEST = "test_"
+_CHUNK = 1 << 18  # bytes read at once where samples are only looked through
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class ArraySamples:
         """The shape of the array that feeds an input."""
         return self._arrays[spec.name][1].shape
 
+    @property
+    def chunk(self) -> int | None:
+        """How many samples to look through at once for NaN and infinity; None where integers leave no room for them."""
+        sizes = [array.itemsize * array[:1].size for _, array in self._arrays.values() if is_floating(array.dtype)]
+        return max(1, _CHUNK // max(1, *sizes)) if sizes else None
+
     def read(self, rows: np.ndarray) -> Batch:
         """See `Samples.read`."""
         inputs = {}
@@ -112,19 +119,33 @@ class ArraySamples:
             )
 
 
+def looked_through(dataset: Dataset, held_out: ArraySamples) -> Dataset:
+    """The dataset, its held-out samples read once: what is wrong with them must not come out after hours of work.
+
+    They are all read in the end anyway, whereas of those to calibrate with a few may do.
+
+    Raises:
+        UsageError: a held-out sample holds NaN or infinity.
+    """
+    if held_out.chunk is not None:
+        for _ in dataset.held_out.batches(held_out.chunk):
+            pass
+    return dataset
+
+
 def load_archive(
     archive: Archive, specs: Sequence[InputSpec], seed: int, names: Names, preparation: Preparation
 ) -> Dataset:
     """The samples of an `.npz`; without test samples of its own, a tenth chosen by `seed` is held out.
 
     Raises:
-        UsageError: an array is missing or does not fit.
+        UsageError: an array is missing or does not fit, or a held-out sample holds NaN or infinity.
     """
     source = str(archive.path)
     full = names.completed(specs, archive.names)
     calibration = _open_samples(archive, specs, full.inputs, full.labels, preparation)
     if not full.test_inputs:
-        return hold_out(source, calibration, seed)
+        return looked_through(hold_out(source, calibration, seed), calibration)
     held_out = _open_samples(archive, specs, full.test_inputs, full.test_labels, preparation)
     for spec in specs:
         test_shape, shape = held_out.stored_shape(spec), calibration.stored_shape(spec)
@@ -133,7 +154,7 @@ def load_archive(
                 f"{source}: array {full.test_inputs[spec.name]!r} has shape {describe(test_shape)}, "
                 f"but {full.inputs[spec.name]!r} has {describe(shape)}"
             )
-    return Dataset(source, Split(calibration), Split(held_out))
+    return looked_through(Dataset(source, Split(calibration), Split(held_out)), held_out)
 
 
 def _open_samples(

@@ -113,6 +113,8 @@ class Dataset:
     source: str
     calibration: Split
     held_out: Split
+    stand_in: bool = False
+    """Whether the samples are made up: figures measured on them say little about real data."""
 
 
 def hold_out(source: str, samples: Samples, seed: int) -> Dataset:

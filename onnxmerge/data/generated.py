@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from onnxmerge.data.arrays import LABELS, ArraySamples
+from onnxmerge.data.arrays import LABELS, ArraySamples, looked_through
 from onnxmerge.data.dataset import Dataset, InputSpec, hold_out
 from onnxmerge.data.prepare import Preparation
 from onnxmerge.errors import UsageError
@@ -49,7 +49,8 @@ def load_function(source: str, specs: Sequence[InputSpec], seed: int) -> Dataset
     they come, so the set may be larger than memory. The module is looked for in the current folder too.
 
     Raises:
-        UsageError: the function is not there, fails, or yields batches that do not fit.
+        UsageError: the function is not there, fails, or yields batches that do not fit, or NaN or infinity in held-out
+            samples.
     """
     columns: dict[str, _Column] = {}
     label_key = None if LABELS in {spec.name for spec in specs} else LABELS
@@ -63,7 +64,8 @@ def load_function(source: str, specs: Sequence[InputSpec], seed: int) -> Dataset
     arrays = {name: column.finish() for name, column in columns.items()}
     labels = (LABELS, arrays.pop(LABELS)) if label_key in arrays else None
     named = {name: (name, array) for name, array in arrays.items()}
-    return hold_out(source, ArraySamples(source, specs, named, labels, Preparation()), seed)
+    samples = ArraySamples(source, specs, named, labels, Preparation())
+    return looked_through(hold_out(source, samples, seed), samples)
 
 
 def _batches(source: str) -> Iterable[Any]:

@@ -11,6 +11,7 @@ from onnxmerge.data.dataset import Dataset, InputSpec
 from onnxmerge.data.generated import PATTERN, load_function
 from onnxmerge.data.images import load_folder
 from onnxmerge.data.prepare import Preparation
+from onnxmerge.data.stand_in import is_stand_in, load_stand_in
 from onnxmerge.errors import UsageError
 
 
@@ -18,22 +19,25 @@ def load_dataset(source: str | os.PathLike[str], inputs: Sequence[InputSpec], *,
     """Open a data source for a model; samples are read later, batch by batch.
 
     Args:
-        source: An `.npz`, a folder of images, a YAML data card, or `module:function`. A path that exists is a path.
+        source: An `.npz`, a folder of images, a YAML data card, or `module:function`; or the word `noise`, which is
+            never a path (a file of that name is `./noise`). Anything else that exists is a path.
         inputs: The model's inputs.
-        seed: Chooses the tenth that is held out where the source has no test samples. Two sources of equal length
-            hold out the same samples under one seed.
+        seed: Chooses the tenth that is held out where the source has no test samples, or makes the noise. Two sources
+            of equal length hold out the same samples under one seed.
 
     Returns:
         The samples to calibrate with and those held out.
 
     Raises:
-        UsageError: the source is missing or damaged, or does not fit the inputs. NaN and infinity are found while
-            reading, so iterating over a split may raise it too.
+        UsageError: the source is missing or damaged, or does not fit the inputs, or arrays hold NaN or infinity in
+            held-out samples. Among the others these are found while reading, so iterating may raise it too.
     """
     name = os.fspath(source)
     for spec in inputs:
         if not spec.shape:
             raise UsageError(f"{name}: cannot feed the model's input {spec.name!r}, a scalar without a batch axis")
+    if isinstance(source, str) and is_stand_in(source):
+        return load_stand_in(source, inputs, seed)
     path = Path(name)
     if path.is_dir():
         return load_folder(path, inputs, seed, Preparation())

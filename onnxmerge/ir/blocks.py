@@ -75,7 +75,10 @@ def _rows(binds: Sequence[Bind], classes: np.ndarray, fixed: np.ndarray) -> Rows
     found: Rows = {}
     for number, (parents, children) in enumerate(binds):
         below = np.where(children == NO_CHANNEL, NO_CHANNEL, classes[children])
-        for parent, row in zip(classes[parents].tolist(), below, strict=True):
+        for atom, row in zip(parents.tolist(), below, strict=True):
+            if atom == NO_CHANNEL:
+                continue
+            parent = int(classes[atom])
             own = found.setdefault(parent, [])
             earlier = next((seen for which, seen in own if which == number), None)
             if earlier is None:

@@ -59,10 +59,9 @@ class Digests:
     """
 
     def __init__(self, opsets: Mapping[str, int]):
-        self._opsets = opsets
         self._known: dict[oir.Value, bytes] = {}
         self._unshaped: dict[oir.Value, oir.Value] = {}
-        self._schemas: dict[tuple[str, str], dict[str, bytes | None]] = {}
+        self._defaults = Defaults(opsets)
         self._fresh = 0
 
     def of(self, value: oir.Value) -> bytes:
@@ -115,9 +114,8 @@ class Digests:
         return _hash(*parts, *inputs)
 
     def _attributes(self, node: oir.Node, known: dict[oir.Value, bytes], depth: int) -> list[bytes] | None:
-        defaults = self._defaults(node)
         parts = []
-        for name, attribute in sorted(node.attributes.items()):
+        for attribute in self._defaults.said(node):
             if attribute.type in (oir.AttributeType.GRAPH, oir.AttributeType.GRAPHS):
                 one = attribute.type == oir.AttributeType.GRAPH
                 graphs = [attribute.as_graph()] if one else list(attribute.as_graphs())
@@ -126,11 +124,10 @@ class Digests:
                     return None
                 content: bytes | None = _hash(*(found for found in inner if found is not None))
             else:
-                content = _content(attribute)
+                content = attribute_content(attribute)
             if content is None:
                 return None
-            if not _is_neutral(node, attribute) and content != defaults.get(name):
-                parts.append(_hash(name.encode(), content))
+            parts.append(_hash(attribute.name.encode(), content))
         return [str(len(parts)).encode(), *parts]
 
     def _graph(self, graph: oir.Graph, outer: Mapping[oir.Value, bytes], depth: int) -> bytes | None:
@@ -149,13 +146,35 @@ class Digests:
                 known[output] = _hash(found, index.to_bytes(4, "little"))
         return _hash(str(len(graph.inputs)).encode(), *(known[v] if v in known else self.of(v) for v in graph.outputs))
 
-    def _defaults(self, node: oir.Node) -> dict[str, bytes | None]:
+
+class Defaults:
+    """What the attributes of a node say if they are left out.
+
+    Args:
+        opsets: versions of the operator sets, by domain.
+    """
+
+    def __init__(self, opsets: Mapping[str, int]):
+        self._opsets = opsets
+        self._schemas: dict[tuple[str, str], dict[str, bytes | None]] = {}
+
+    def said(self, node: oir.Node) -> list[oir.Attr]:
+        """The attributes of `node` that say something else than their absence would, by name."""
+        defaults = self._of(node)
+        found = []
+        for name, attribute in sorted(node.attributes.items()):
+            content = attribute_content(attribute)
+            if not _is_neutral(node, attribute) and (content is None or content != defaults.get(name)):
+                found.append(attribute)
+        return found
+
+    def _of(self, node: oir.Node) -> dict[str, bytes | None]:
         key = (node.domain, node.op_type)
         if key not in self._schemas:
             try:
                 schema = onnx.defs.get_schema(node.op_type, self._opsets.get(node.domain, 1), node.domain)
                 self._schemas[key] = {
-                    name: _content(oir.serde.deserialize_attribute(attribute.default_value))
+                    name: attribute_content(oir.serde.deserialize_attribute(attribute.default_value))
                     for name, attribute in schema.attributes.items()
                     if attribute.default_value.name
                 }
@@ -178,8 +197,8 @@ def _is_neutral(node: oir.Node, attribute: oir.Attr) -> bool:
     return attribute.name in _NEUTRAL and set(attribute.as_ints()) == {_NEUTRAL[attribute.name]}
 
 
-def _content(attribute: oir.Attr) -> bytes | None:
-    """The bytes of an attribute's value; None for kinds that are not compared."""
+def attribute_content(attribute: oir.Attr) -> bytes | None:
+    """The bytes of an attribute's value; None for kinds that are not compared, such as graphs."""
     kind, value = attribute.type, attribute.value
     if kind == oir.AttributeType.TENSOR:
         return digest(attribute.as_tensor())

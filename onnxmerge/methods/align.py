@@ -9,6 +9,8 @@ import numpy as np
 from onnxmerge.data import Split
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.stages import Step, find_steps
+from onnxmerge.methods.choices import LayerCost
+from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
 from onnxmerge.passes.align_layers import (
@@ -16,18 +18,15 @@ from onnxmerge.passes.align_layers import (
     cka_cost,
     group_steps,
     map_by_groups,
+    order_cost,
     stages,
     wasserstein_cost,
     width_cost,
 )
 from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.schema import LayerMap, Result, StepPair, StepRecord
-from onnxmerge.runtime.activations import stream
 from onnxmerge.runtime.layer_grams import channel_means, layer_grams
-from onnxmerge.runtime.patches import Positions, grid_of, output_rows
-from onnxmerge.runtime.statistics import PairStatistics
 
-COSTS = ("cka", "width", "wasserstein")
 SAMPLES = 500
 
 
@@ -111,7 +110,7 @@ def align_models(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
-    cost: str = "cka",
+    cost: LayerCost = LayerCost.CKA,
     ends: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -126,17 +125,15 @@ def align_models(
         data: samples in the first network's format; both networks see the same ones, of the calibration split.
         samples: how many.
         seed: of the choice of samples and positions, and of the held-out tenth where the data have no test samples.
-        cost: what the map minimises, one of `COSTS`.
-        ends: tie the first layers of each group to each other, and the last ones.
+        cost: what the map minimises.
+        ends: tie the first layers of each group to each other, and the last ones; the order of layers ties none.
         threads: for onnxruntime.
         progress: told what is going on.
 
     Raises:
-        UsageError: the inputs differ, the data do not fit or are the same over and over, or the cost is unknown.
+        UsageError: the inputs differ, the data do not fit or are the same over and over.
         ModelError: a network cannot be read or has no hidden layer, or no layer of one can stand for one of the other.
     """
-    if cost not in COSTS:
-        raise UsageError(f"unknown cost {cost!r}: choose from {', '.join(COSTS)}")
     ours, theirs = load_networks([first, second])
     (task,) = with_data([ours], {ours.name: data}, seed=seed)
     return align_layers(
@@ -150,7 +147,7 @@ def align_layers(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
-    cost: str = "cka",
+    cost: LayerCost = LayerCost.CKA,
     ends: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -182,9 +179,11 @@ def align_layers(
         grams.append(found)
         progress.advance(network.name)
     similarity = 1 - cka_cost(*grams)
-    if cost == "cka":
+    if cost == LayerCost.CKA:
         costs = 1 - similarity
-    elif cost == "width":
+    elif cost == LayerCost.ORDER:
+        costs, ends = order_cost(*groups), False
+    elif cost == LayerCost.WIDTH:
         costs = width_cost(*([step.width for step in own] for own in steps))
     else:
         costs = wasserstein_cost(
@@ -242,21 +241,20 @@ def _channel_matches(
     first: Task, second: Network, split: Split, pairs: Sequence[tuple[Step, Step]], seed: int, threads: int | None
 ) -> list[float | None]:
     """For each pair the mean correlation of its channels under their best assignment, each pair by itself."""
-    found = [PairStatistics() if a.width == b.width else None for a, b in pairs]
-    generator = np.random.default_rng(seed)
-    ours = stream(first.model, first.feeds(split, first), [a.cut for a, _ in pairs], threads=threads)
-    theirs = stream(second.model, first.feeds(split, second), [b.cut for _, b in pairs], threads=threads)
-    for batch_a, batch_b in zip(ours, theirs, strict=True):
-        for number, (a, b) in enumerate(pairs):
-            statistics, grid = found[number], grid_of(batch_a[a.cut], a.axis)
-            if statistics is None or grid != grid_of(batch_b[b.cut], b.axis):
-                found[number] = None
-                continue
-            positions = Positions.sample(generator, grid)
-            statistics.update(
-                output_rows(batch_a[a.cut], a.axis, positions), output_rows(batch_b[b.cut], b.axis, positions)
-            )
-    return [None if statistics is None else channel_match(statistics) for statistics in found]
+    alike = [(a, b) for a, b in pairs if (a.width, a.axis) == (b.width, b.axis)]
+    found = pair_statistics(
+        first,
+        second,
+        second.model,
+        [first],
+        {a.cut: b.cut for a, b in pairs},
+        {a.cut: a.axis for a, _ in alike},
+        samples=len(split),
+        seed=seed,
+        threads=threads,
+        within=False,
+    )
+    return [channel_match(found[a.cut]) if a.cut in found else None for a, _ in pairs]
 
 
 def _records(steps: Sequence[Step], groups: Sequence[str]) -> list[StepRecord]:

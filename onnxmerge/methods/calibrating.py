@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as oir
 
 from onnxmerge.calibration.objective import FeatureTap
-from onnxmerge.calibration.trainer import Settings, calibrate
+from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.trainer import calibrate
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task
@@ -15,12 +16,7 @@ def calibrate_merged(
     merged: oir.Model,
     tasks: Sequence[Task],
     outputs: Mapping[str, Sequence[str]],
-    *,
-    steps: int,
-    rate: float,
-    labels: bool,
-    seed: int,
-    threads: int | None,
+    settings: Settings,
     progress: Progress,
 ) -> list[tuple[int, float]]:
     """Train `merged` in place; it keeps the weights with the least held-out loss, the start included.
@@ -28,8 +24,8 @@ def calibrate_merged(
     Args:
         merged: the merged model.
         tasks: the originals, its teachers.
-        outputs: what `merged` calls each task's outputs, in order; tasks may have the same.
-        steps, rate, labels, seed, threads: see `Settings`.
+        outputs: what `merged` calls each task's outputs, in order; tasks may have the same (see `calibrate`).
+        settings: how long, how fast, and with which losses.
         progress: told of each step.
 
     Returns:
@@ -37,6 +33,7 @@ def calibrate_merged(
 
     Raises:
         KeyboardInterrupt: the user stopped it.
+        ModelError, UsageError: see `calibrate`.
     """
     names = [value.name or "" for value in merged.graph.inputs]
 
@@ -51,7 +48,7 @@ def calibrate_merged(
         feature_taps(merged, tasks),
         {task.name: task.data.calibration for task in tasks},
         {task.name: task.data.held_out for task in tasks},
-        Settings(steps=steps, rate=rate, use_labels=labels, seed=seed, threads=threads),
+        settings,
         advance,
     )
     if outcome.interrupted:

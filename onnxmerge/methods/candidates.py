@@ -1,4 +1,4 @@
-"""Finished candidates on disk, so that an interrupted run can be resumed."""
+"""Finished candidates on disk, so that an interrupted run is reported and can be resumed."""
 
 import hashlib
 import json
@@ -9,7 +9,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from onnxmerge.files import write_text
-from onnxmerge.report.schema import Candidate
+from onnxmerge.report.schema import Candidate, Result
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was interrupted; what was finished is written and is in `result`."""
+
+    def __init__(self, result: Result):
+        super().__init__("interrupted")
+        self.result = result
 
 
 class Shelf:

@@ -13,15 +13,41 @@ class Rule(StrEnum):
     REPAIR = "repair"
 
 
+class Targets(StrEnum):
+    """What least squares fits a channel to: the mean of matched channels, or one network's channel."""
+
+    MEAN = "mean"
+    SELECTED = "selected"
+
+
 class Matching(StrEnum):
-    """What channels are compared by."""
+    """What channels are compared by; `none` leaves them in their order."""
 
     ACTIVATIONS = "activations"
     WEIGHTS = "weights"
+    NONE = "none"
 
 
 class Balance(StrEnum):
-    """What becomes of layers without a counterpart, where a rule mixes weights."""
+    """What becomes of layers without a counterpart."""
 
     ADD = "add"
     COLLAPSE = "collapse"
+    KEEP = "keep"
+
+
+class Start(StrEnum):
+    """What the result is before calibration."""
+
+    FUSED = "fused"
+    KEEP = "keep"
+    RANDOM = "random"
+
+
+class LayerCost(StrEnum):
+    """What the map between layers minimises."""
+
+    CKA = "cka"
+    WIDTH = "width"
+    WASSERSTEIN = "wasserstein"
+    ORDER = "order"

@@ -2,76 +2,44 @@
 
 Each network's layers are mapped to the reference's across depth, its channels across width, and a fuse rule makes one
 set of weights: CLAFusion (Nguyen et al. 2023) with a least-squares rule, or with the rules it is compared to. Labels
-are never needed.
+are never needed: of several candidates the one that agrees best with the ensemble of the originals is chosen.
 """
 
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as oir
 
-from onnxmerge.errors import ModelError, UsageError
-from onnxmerge.files import claim_folder
-from onnxmerge.ir.labels import dims
+from onnxmerge.errors import ModelError
+from onnxmerge.files import claim_folder, whole_file, write_text
 from onnxmerge.ir.layers import find_layers, parameter_count
+from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save, stored_bytes
-from onnxmerge.ir.stages import find_steps
-from onnxmerge.methods.align import align_layers
-from onnxmerge.methods.choices import Balance, Matching, Rule
-from onnxmerge.methods.fusing import RIDGE, FuseOptions, fuse_networks
+from onnxmerge.methods.candidates import Interrupted, Shelf
+from onnxmerge.methods.choices import Rule, Start, Targets
+from onnxmerge.methods.counterparts import Counterpart, FuseOptions
+from onnxmerge.methods.ensemble import Ensemble
+from onnxmerge.methods.fuse_plan import FusePlan, Planned, make_fuse_plan
+from onnxmerge.methods.fuse_settings import FuseSettings
+from onnxmerge.methods.fusing import find_counterparts, fuse_counterparts, kept_network, refit_heads
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
+from onnxmerge.passes.reinitialise import Reinitialise
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.report.write import write_report
 
-
-@dataclass(frozen=True)
-class FuseSettings:
-    """What can be set; everything here goes into the recipe.
-
-    Attributes:
-        into: the network whose architecture the result has, by its name or path; None: the deepest.
-        rule: how aligned weights become one (see `Rule`).
-        balance: `add` or `collapse` layers without a counterpart, where a rule mixes weights.
-        match: compare channels by activations or by weights.
-        cost: what layer maps minimise: `cka`, `width` or `wasserstein`.
-        weights: of each network, in order; None: all alike.
-        max_drop: largest loss of the fused network against the worst original; None: no bound.
-        steps: calibration steps afterwards, towards all originals; 0: closed form only.
-        rate: highest learning rate, relative to each array's root mean square.
-        samples: unlabelled samples of each network's data.
-        ridge: lambda of least squares.
-        labels: add cross-entropy with the data's labels to the calibration.
-        seed: of everything drawn at random.
-        threads: for onnxruntime and torch.
-        providers: where latency is measured.
-        measure: measure latency and memory.
-    """
-
-    into: str | None = None
-    rule: Rule = Rule.LEAST_SQUARES
-    balance: Balance = Balance.ADD
-    match: Matching = Matching.ACTIVATIONS
-    cost: str = "cka"
-    weights: tuple[float, ...] | None = None
-    max_drop: float | None = None
-    steps: int = 0
-    rate: float = 1e-2
-    samples: int = 10_000
-    ridge: float = RIDGE
-    labels: bool = False
-    seed: int = 0
-    threads: int | None = None
-    providers: tuple[str, ...] = ("cpu",)
-    measure: bool = True
+FITS = 0.999
+"""A network that is taken over as it is must agree with itself on this share of samples, or to the rest in error."""
 
 
 def fuse_models(
@@ -81,6 +49,7 @@ def fuse_models(
     *,
     settings: FuseSettings | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Fuse networks of one task into one and write everything to the folder `output`.
@@ -88,158 +57,74 @@ def fuse_models(
     Args:
         models: the ONNX files, at least two.
         data: one source for all networks, or one for each (see `onnxmerge.data`); labels are optional.
-        output: gets merged.onnx, report.json and report.html.
+        output: gets merged.onnx, one model for each candidate, plan.json, report.json and report.html.
         settings: see `FuseSettings`.
         overwrite: replace the files of an earlier run.
+        resume: keep the candidates of an earlier run with the same recipe and go on.
         progress: told what is going on.
 
     Returns:
-        What report.json holds; nothing is chosen when the fused network breaks `max_drop`.
+        What report.json holds; nothing is chosen when no candidate stays within `max_drop`.
 
     Raises:
         UsageError: settings, data or the output folder do not fit.
         ModelError: the networks do not have one task, or cannot be brought to one architecture.
+        KeyboardInterrupt: after the candidates finished so far have been reported.
     """
-    settings = settings or FuseSettings()
-    progress = progress or Silent()
-    begun = time.perf_counter()
-    progress.stage("load")
-    networks = load_networks(models)
-    _check_task(networks)
-    reference = _reference(networks, settings.into)
-    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
-    weights = _weights(networks, settings.weights)
-    tasks = with_data(networks, sources, seed=settings.seed)
-    order = [reference, *(number for number in range(len(tasks)) if number != reference)]
-    tasks, weights = [tasks[number] for number in order], [weights[number] for number in order]
-    folder = claim_folder(output, overwrite=overwrite)
-    recipe = _recipe(tasks, settings)
+    settings, progress = settings or FuseSettings(), progress or Silent()
+    tasks = _load(models, data, settings, progress)
+    planned = make_fuse_plan(tasks, settings, progress)
+    folder = claim_folder(output, overwrite=overwrite or resume)
+    recipe = _recipe(planned.tasks, settings)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
-        fused, notes = _fuse(tasks, weights, settings, progress)
-        losses = _calibrate(fused, tasks, settings, progress) if settings.steps else []
-        path = folder / "merged.onnx"
-        save(fused, path, {"onnxmerge.method": "fuse", "onnxmerge.recipe": json.dumps(recipe, sort_keys=True)})
-        progress.stage("measure")
-        judge = Judge(tasks, Path(temporary), settings.threads, outputs=_outputs(fused, tasks))
-        candidate = Candidate(
-            name=settings.rule.value,
-            share=len(find_layers(fused)),
-            path=str(path),
-            parameters=parameter_count(fused),
-            bytes=stored_bytes(path),
-            tasks=judge.score(fused),
-            steps=settings.steps if losses else 0,
-            seconds=time.perf_counter() - begun,
-            start=settings.rule.value,
-            total_layers=len(find_layers(fused)),
-            losses=losses,
-        )
-        if settings.measure:
-            bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
-            candidate.latency_ms, reliable = bench.latency(path)
-            candidate.memory_mb = bench.memory(path)
-            if not reliable:
-                notes.append("The latency was measured on a busy machine and is not reliable.")
-    worst = candidate.worst_drop
-    within = settings.max_drop is None or worst is None or worst <= settings.max_drop
-    result = Result(
-        method="fuse",
-        versions=library_versions(),
-        inputs=[task.record() for task in tasks],
-        candidates=[candidate],
-        chosen=candidate.name if within else None,
-        recipe=recipe,
-        hardware=hardware(),
-        notes=notes,
-    )
+        shelf = Shelf(folder, recipe, resume=resume)
+        run = _Run(planned, _in_order(tasks, planned, settings), settings, Path(temporary), shelf, recipe, progress)
+        interrupted = run.make_candidates()
+        result = run.result()
+    (folder / "merged.onnx").unlink(missing_ok=True)
+    if result.chosen is not None:
+        with whole_file(folder / "merged.onnx") as temporary_file:
+            shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
+    write_text(folder / "plan.json", planned.plan.to_json())
     write_report(result, folder)
+    if interrupted:
+        raise Interrupted(result)
     return result
 
 
-def _check_task(networks: Sequence[Network]) -> None:
-    """The outputs of all networks agree in number and size."""
-    first = networks[0]
-    wanted = _heads(first)
-    for other in networks[1:]:
-        if _heads(other) != wanted:
-            raise ModelError(
-                f"{other.path}: its outputs are {_heads(other)}, those of {first.path} {wanted}: networks of one task "
-                "have the same outputs; for different tasks use zip"
-            )
+def plan_fuse(
+    models: Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    *,
+    settings: FuseSettings | None = None,
+    progress: Progress | None = None,
+) -> FusePlan:
+    """The reference and the layer maps that `fuse_models` would take."""
+    settings, progress = settings or FuseSettings(), progress or Silent()
+    return make_fuse_plan(_load(models, data, settings, progress), settings, progress).plan
 
 
-def _heads(network: Network) -> list[list[int | None]]:
-    return [list(dims(value))[1:] for value in network.model.graph.outputs]
+def _load(
+    models: Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    settings: FuseSettings,
+    progress: Progress,
+) -> list[Task]:
+    progress.stage("load")
+    networks: list[Network] = load_networks(models)
+    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
+    return with_data(networks, sources, seed=settings.seed)
 
 
-def _reference(networks: Sequence[Network], into: str | None) -> int:
-    """Number of the network whose architecture the result has."""
-    if into is None:
-        depths = [len(find_steps(network.model)) for network in networks]
-        return depths.index(max(depths))
-    for number, network in enumerate(networks):
-        if into in (network.name, str(network.path)):
-            return number
-    raise UsageError(f"--into {into}: is none of the networks {', '.join(network.name for network in networks)}")
+def _in_order(tasks: Sequence[Task], planned: Planned, settings: FuseSettings) -> list[float]:
+    """The weight of each network in the order of the plan.
 
-
-def _weights(networks: Sequence[Network], given: Sequence[float] | None) -> list[float]:
-    weights = [1.0] * len(networks) if given is None else list(given)
-    if len(weights) != len(networks) or any(weight < 0 for weight in weights) or not any(weights):
-        raise UsageError(f"--weights: give a weight that is not negative for each of the {len(networks)} networks")
-    return weights
-
-
-def _fuse(
-    tasks: Sequence[Task], weights: Sequence[float], settings: FuseSettings, progress: Progress
-) -> tuple[oir.Model, list[str]]:
-    """The fused network, and what a reader must know."""
-    reference, *others = tasks
-    notes = [f"The fused network has the architecture of {reference.name}."]
-    maps = []
-    for task in others:
-        aligned = align_layers(
-            reference, task, cost=settings.cost, seed=settings.seed, threads=settings.threads, progress=progress
-        )
-        maps.append(aligned.pairs)
-        row = ", ".join(f"{pair.second.name} -> {pair.first.name}" for pair in aligned.pairs)
-        notes += [f"Layer map of {task.name}: {row}.", *aligned.notes]
-    options = FuseOptions(
-        rule=settings.rule,
-        balance=settings.balance,
-        match=settings.match,
-        ridge=settings.ridge,
-        samples=settings.samples,
-        seed=settings.seed,
-        threads=settings.threads,
-    )
-    progress.stage("fuse", len(find_layers(reference.model)))
-    return fuse_networks(reference, others, maps, weights, options, progress), notes
-
-
-def _outputs(fused: oir.Model, tasks: Sequence[Task]) -> dict[str, list[str]]:
-    """Every task has the fused network's outputs."""
-    return {task.name: [value.name or "" for value in fused.graph.outputs] for task in tasks}
-
-
-def _calibrate(
-    fused: oir.Model, tasks: Sequence[Task], settings: FuseSettings, progress: Progress
-) -> list[tuple[int, float]]:
-    """Train `fused` in place towards all originals; the held-out losses."""
-    from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
-
-    progress.stage("calibrate", settings.steps)
-    return calibrate_merged(
-        fused,
-        tasks,
-        _outputs(fused, tasks),
-        steps=settings.steps,
-        rate=settings.rate,
-        labels=settings.labels,
-        seed=settings.seed,
-        threads=settings.threads,
-        progress=progress,
-    )
+    Raises:
+        UsageError: there are not as many weights as networks.
+    """
+    given = settings.weights_of(len(tasks))
+    by_name = {task.name: weight for task, weight in zip(tasks, given, strict=True)}
+    return [by_name[task.name] for task in planned.tasks]
 
 
 def _recipe(tasks: Sequence[Task], settings: FuseSettings) -> dict[str, Any]:
@@ -254,3 +139,207 @@ def _recipe(tasks: Sequence[Task], settings: FuseSettings) -> dict[str, Any]:
             }
         )
     )
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to make the result."""
+
+    name: str
+    start: str
+    make: Callable[[], oir.Model | None]
+    """None where it is not possible."""
+
+
+class _Run:
+    """One fuse under way: what is worked out once, and the candidates finished so far."""
+
+    def __init__(
+        self,
+        planned: Planned,
+        weights: list[float],
+        settings: FuseSettings,
+        temporary: Path,
+        shelf: Shelf,
+        recipe: dict[str, Any],
+        progress: Progress,
+    ):
+        self.planned, self.tasks, self.weights, self.settings = planned, planned.tasks, weights, settings
+        self.shelf, self.recipe, self.progress = shelf, recipe, progress
+        self.temporary = temporary
+        self.bench = Bench(self.tasks, self.tasks[0].inputs, settings.threads, settings.providers)
+        self.candidates: list[Candidate] = []
+        self.models: dict[str, oir.Model] = {}
+        self.notes = list(planned.notes)
+
+    # --- what many candidates need, worked out when it is first needed
+
+    @cached_property
+    def counterparts(self) -> list[Counterpart]:
+        """The others as the reference sees them."""
+        self.progress.stage("match channels")
+        own = self.planned
+        return find_counterparts(own.reference, own.others, own.maps, self.settings.options)
+
+    @cached_property
+    def ensemble(self) -> Ensemble:
+        """What candidates are compared by."""
+        self.progress.stage("ensemble")
+        return Ensemble(self.tasks, self.weights, self.temporary / "ensemble", self.settings.threads)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Holds candidates against each original."""
+        names = [value.name or "" for value in self.planned.reference.model.graph.outputs]
+        outputs = {task.name: names for task in self.tasks}
+        return Judge(self.tasks, self.temporary, self.settings.threads, outputs=outputs)
+
+    @cached_property
+    def ranking(self) -> list[int]:
+        """The numbers of the networks, the one that agrees best with the ensemble first."""
+        closeness = [self.ensemble.score(task.model).closeness for task in self.tasks]
+        return sorted(range(len(self.tasks)), key=lambda number: -closeness[number])
+
+    # --- candidates
+
+    def make_candidates(self) -> bool:
+        """Make every candidate; whether an interrupt stopped it."""
+        try:
+            for attempt in self._attempts():
+                self._add(attempt, 0)
+            if self.settings.steps:
+                start = self._best()
+                self._add(_Attempt("calibrated", start.name, partial(self._model, start.name)), self.settings.steps)
+        except KeyboardInterrupt:
+            finished = ", ".join(c.name for c in self.candidates) or "none"
+            self.notes.append(f"Interrupted: these candidates were finished and are kept: {finished}.")
+            return True
+        return False
+
+    def _attempts(self) -> list[_Attempt]:
+        settings, rule = self.settings, self.settings.rule.value
+        if settings.start == Start.KEEP:
+            return [_Attempt("keep", "keep", self.planned.reference.model.clone)]
+        if settings.start == Start.RANDOM:
+            return [_Attempt("random", "random", self._random)]
+        if settings.rule != Rule.LEAST_SQUARES:
+            return [_Attempt(rule, rule, partial(self._fuse, settings.options))]
+        attempts = [
+            _Attempt(f"{rule}-{kind.value}", rule, partial(self._fuse, replace(settings.options, targets=kind)))
+            for kind in ([settings.targets] if settings.targets else Targets)
+        ]
+        if settings.start is None and settings.targets is None:
+            attempts.append(_Attempt("heads", "heads", self._heads))
+        return attempts
+
+    def _fuse(self, options: FuseOptions) -> oir.Model:
+        self.progress.stage("fuse", len(find_layers(self.planned.reference.model)))
+        return fuse_counterparts(self.planned.reference, self.counterparts, self.weights, options, self.progress)
+
+    def _random(self) -> oir.Model:
+        return Reinitialise(self.settings.seed)(self.planned.reference.model.clone()).model
+
+    def _heads(self) -> oir.Model | None:
+        """The best network that fits into the reference, its output layers fitted towards all."""
+        maps = [[], *self.planned.maps]
+        for number in self.ranking:
+            task = self.tasks[number]
+            try:
+                kept = kept_network(self.planned.reference, task, maps[number])
+            except ModelError:
+                continue  # it does not fit; the reference does
+            if self._is(kept, task):
+                self.progress.stage("fit the heads")
+                refit_heads(
+                    kept, self.planned.reference, self.counterparts, self.weights, self.settings.options, self.progress
+                )
+                self.notes.append(f"The candidate heads has the hidden layers of {task.name}.")
+                return kept
+        return None
+
+    def _is(self, model: oir.Model, task: Task) -> bool:
+        score = self.judge.score(model)[task.name]
+        if score.agreement is not None:
+            return score.agreement >= FITS
+        return score.relative_error is not None and score.relative_error <= 1 - FITS
+
+    def _model(self, name: str) -> oir.Model:
+        return self.models[name].clone() if name in self.models else load(self.shelf.model_path(name))
+
+    def _best(self) -> Candidate:
+        """The candidate that agrees best with the ensemble; the first of several."""
+        return max(self.candidates, key=_nearness)
+
+    def _add(self, attempt: _Attempt, steps: int) -> None:
+        candidate = self.shelf.get(attempt.name) or self._make(attempt, steps)
+        if candidate is not None:
+            self.candidates.append(candidate)
+
+    def _make(self, attempt: _Attempt, steps: int) -> Candidate | None:
+        begun = time.perf_counter()
+        model = attempt.make()
+        if model is None:
+            return None
+        losses = self._calibrate(model) if steps else []
+        path = self.shelf.model_path(attempt.name)
+        save(model, path, {"onnxmerge.method": "fuse", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)})
+        self.progress.stage(f"{attempt.name}: measure")
+        candidate = Candidate(
+            name=attempt.name,
+            share=len(find_layers(model)),
+            path=str(path),
+            parameters=parameter_count(model),
+            bytes=stored_bytes(path),
+            tasks=self.judge.score(model),
+            ensemble=self.ensemble.score(model),
+            steps=steps,
+            seconds=time.perf_counter() - begun,
+            start=attempt.start,
+            total_layers=len(find_layers(model)),
+            losses=losses,
+        )
+        if self.settings.measure:
+            self._measure(candidate, path)
+        self.models[attempt.name] = model
+        self.shelf.put(candidate)
+        return candidate
+
+    def _calibrate(self, model: oir.Model) -> list[tuple[int, float]]:
+        """Train `model` in place towards all originals; the held-out losses."""
+        from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
+
+        self.progress.stage("calibrate", self.settings.steps)
+        names = [value.name or "" for value in model.graph.outputs]
+        outputs = {task.name: names for task in self.tasks}
+        return calibrate_merged(model, self.tasks, outputs, self.settings.calibration, self.progress)
+
+    def _measure(self, candidate: Candidate, path: Path) -> None:
+        if self.candidates:  # all have one architecture
+            candidate.latency_ms, candidate.memory_mb = self.candidates[0].latency_ms, self.candidates[0].memory_mb
+            return
+        candidate.latency_ms, reliable = self.bench.latency(path)
+        candidate.memory_mb = self.bench.memory(path)
+        if not reliable:
+            self.notes.append("The latency was measured on a busy machine and is not reliable.")
+
+    def result(self) -> Result:
+        """What was made, and which of it is chosen: what was calibrated, else what agrees best with the ensemble."""
+        bound = self.settings.max_drop
+        within = [c for c in self.candidates if bound is None or c.worst_drop is None or c.worst_drop <= bound]
+        chosen = max(within, key=lambda c: (c.steps, _nearness(c)), default=None)
+        return Result(
+            method="fuse",
+            versions=library_versions(),
+            inputs=[task.record() for task in self.tasks],
+            candidates=self.candidates,
+            chosen=None if chosen is None else chosen.name,
+            recipe=self.recipe,
+            hardware=hardware(),
+            notes=self.notes,
+        )
+
+
+def _nearness(candidate: Candidate) -> float:
+    """How near a candidate is to the ensemble."""
+    assert candidate.ensemble is not None
+    return candidate.ensemble.closeness

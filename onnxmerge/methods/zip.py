@@ -17,12 +17,13 @@ from typing import Any
 
 import onnx_ir as oir
 
+from onnxmerge.calibration.settings import Settings
 from onnxmerge.files import claim_folder, whole_file, write_text
 from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
-from onnxmerge.methods.candidates import Shelf
+from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.plan import Plan, make_plan
 from onnxmerge.methods.progress import Progress, Silent
@@ -118,14 +119,6 @@ def zip_models(
     if interrupted:
         raise Interrupted(result)
     return result
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was interrupted; what was finished is written and is in `result`."""
-
-    def __init__(self, result: Result):
-        super().__init__("interrupted")
-        self.result = result
 
 
 def plan_zip(models: Sequence[str | os.PathLike[str]], share: str = "auto") -> Plan:
@@ -253,17 +246,14 @@ class _Run:
         from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
 
         self.progress.stage(f"{name}: calibrate", self.settings.steps)
-        return calibrate_merged(
-            merged,
-            self.tasks,
-            task_outputs(self.tasks),
+        settings = Settings(
             steps=self.settings.steps,
             rate=self.settings.rate,
-            labels=self.settings.labels,
+            label_weight=float(self.settings.labels),
             seed=self.settings.seed,
             threads=self.settings.threads,
-            progress=self.progress,
         )
+        return calibrate_merged(merged, self.tasks, task_outputs(self.tasks), settings, self.progress)
 
     def _measure(self, candidate: Candidate, path: Path) -> None:
         self.progress.stage(f"{candidate.name}: measure", None)

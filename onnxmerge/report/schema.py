@@ -3,6 +3,7 @@
 A figure that was not measured is None, never 0.
 """
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,6 +42,13 @@ class TaskScore(_Record):
             return 1.0 - self.agreement
         return self.relative_error
 
+    @property
+    def closeness(self) -> float:
+        """How near two models are, larger is nearer: a classifier's agreement, else less relative error."""
+        if self.agreement is not None:
+            return self.agreement
+        return -math.inf if self.relative_error is None else -self.relative_error
+
 
 class LatencyRecord(_Record):
     """Median milliseconds for one run of the merged model and of all originals one after the other."""
@@ -70,6 +78,8 @@ class Candidate(_Record):
     parameters: int
     bytes: int
     tasks: dict[str, TaskScore]
+    ensemble: TaskScore | None = None
+    """How it fares against the originals' mean prediction, where they have one task."""
     latency_ms: LatencyRecord = Field(default_factory=LatencyRecord)
     memory_mb: MemoryRecord = Field(default_factory=MemoryRecord)
     steps: int

@@ -5,34 +5,23 @@ linear CKA is |Y'HX|^2 / (|X'HX| |Y'HY|) = <K, L> / (|K| |L|) in Frobenius norms
 need nothing in common but the samples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.errors import ModelError
-from onnxmerge.runtime.activations import BATCH, Arrays, Samples, stream
+from onnxmerge.ir.compose import cut_out
+from onnxmerge.runtime.activations import BATCH, OnDisk, Samples, lockstep, store, stream
 
-MEMORY = 256_000_000
-"""Bytes of activations, of all layers asked for together, that a block of samples may take."""
-_FEWEST = 8
-"""Samples of a block, however large their activations are."""
-_FEATURES = 1 << 15
-"""Features multiplied at once in float64."""
+ENTRIES = 4_000_000
+"""Activations of a layer that are in memory at a time."""
 _CONSTANT = 1e-12
 """A layer whose values vary by less than this share of their squares is constant: the rest is rounding."""
-
-
-class _From:
-    """The samples from a batch on."""
-
-    def __init__(self, samples: Samples, start: int):
-        self._samples, self._start = samples, start
-
-    def batches(self, size: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """See `Samples`."""
-        return islice(self._samples.batches(size), self._start, None)
 
 
 def layer_grams(
@@ -40,67 +29,61 @@ def layer_grams(
 ) -> dict[str, np.ndarray]:
     """The centred Gram matrix [samples, samples] of each value in float64; zeros for a value that is constant.
 
-    Activations of all samples are never held together: one block of samples stays, those from there on are run against
-    it block by block, then the next block stays. With b blocks each sample runs (b + 1) / 2 times on average.
+    Every sample meets every other in every layer, so activations of all samples are needed at once: the network is
+    walked from value to value, what arrives at the last two is kept on disk, and is read by features.
 
     Args:
         model: a normalised model.
         samples: its feeds.
-        names: computed values with the samples on their first axis (several places of it for one sample, as the windows
-            of an image, are fine).
+        names: computed values, each of which can be computed from the one before, with the samples on their first axis
+            (several places of it for one sample, as the windows of an image, are fine).
         threads: for onnxruntime.
 
     Raises:
         ModelError: a value is not finite, or its first axis is not that of the samples.
+        UsageError: the disk is full.
     """
     fed = model.graph.inputs[0].name or ""
-    one = next(stream(model, samples, names, threads=threads, size=1))
-    places = {name: array.shape[:1] for name, array in one.items()}
-    size = int(np.clip(MEMORY // max(sum(array.nbytes for array in one.values()), 1), _FEWEST, BATCH))
-    products: dict[str, list[list[np.ndarray]]] = {name: [] for name in names}
-    start, blocks = 0, 1
-    while start < blocks:
-        kept: Arrays = {}
-        batches = stream(model, _From(samples, start), [*names, fed], threads=threads, size=size)
-        for number, batch in enumerate(batches, start):
-            rows = {name: _rows(name, batch[name], len(batch[fed]), places[name]) for name in names}
-            kept = kept or rows
-            for name in names:
-                if number == start:
-                    products[name].append([])
-                products[name][start].append(_product(kept[name], rows[name]))
-            blocks = number + 1
-        start += 1
-    return {name: _centred(name, products[name]) for name in names}
+    count = sum(len(batch[fed]) for batch in samples.batches(BATCH))
+    at, arriving = [value.name or "" for value in model.graph.inputs], samples
+    grams: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
+        for number, name in enumerate(names):
+            piece = cut_out(model, at, [name])
+            one = next(stream(piece, arriving, [name], threads=threads, size=1))
+            stored = store(piece, arriving, [name], Path(folder) / str(number), threads=threads)
+            grams[name] = _centred(name, _rows(name, stored.arrays[name], count, one[name].shape[:1]))
+            if number:
+                shutil.rmtree(Path(folder) / str(number - 1))
+            at, arriving = [name], stored
+    return grams
 
 
-def _rows(name: str, array: np.ndarray, count: int, places: tuple[int, ...]) -> np.ndarray:
+def _rows(name: str, array: np.ndarray | OnDisk, count: int, places: tuple[int, ...]) -> OnDisk:
     """[samples, features]."""
+    assert isinstance(array, OnDisk)
     if array.shape[:1] != tuple(place * count for place in places) or not places:
         raise ModelError(f"the first axis of the value {name!r} {array.shape} is not that of the {count} samples")
-    return array.reshape(count, -1)
+    return array.reshaped((count, math.prod(array.shape) // count))
 
 
-def _product(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """[p, q] inner products of rows, summed in float64."""
-    total = np.zeros((len(first), len(second)))
-    for start in range(0, first.shape[1], _FEATURES):
-        chunk = slice(start, start + _FEATURES)
-        total += first[:, chunk].astype(np.float64) @ second[:, chunk].astype(np.float64).T
-    return total
+def _centred(name: str, rows: OnDisk) -> np.ndarray:
+    """H X X' H from the activations X [samples, features].
 
-
-def _centred(name: str, upper: list[list[np.ndarray]]) -> np.ndarray:
-    """The whole matrix, from the blocks on and above its diagonal, with rows and columns centred."""
-    rows = [
-        [*(upper[column][row - column].T for column in range(row)), *upper[row]]  # upper[i][j]: block (i, i + j)
-        for row in range(len(upper))
-    ]
-    gram = np.block(rows)
+    Each feature is centred before it is multiplied: then products in float32 of some thousand features at a time,
+    summed in float64, lose nothing.
+    """
+    count, features = rows.shape
+    gram, squares = np.zeros((count, count)), 0.0
+    width = max(ENTRIES // count, 1)
+    for start in range(0, features, width):
+        chunk = rows[:, start : start + width]
+        chunk = chunk.astype(np.result_type(chunk, np.float32), copy=False)
+        squares += float(np.vdot(chunk, chunk))
+        chunk -= chunk.mean(0, dtype=np.float64).astype(chunk.dtype)
+        gram += chunk @ chunk.T
     if not np.isfinite(gram).all():
         raise ModelError(f"the value {name!r} is NaN or infinite on these samples")
-    squares = np.trace(gram)
-    gram = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     return gram if np.trace(gram) > _CONSTANT * squares else np.zeros_like(gram)
 
 
@@ -120,7 +103,7 @@ def channel_means(
     """
     fed = model.graph.inputs[0].name or ""
     found: dict[str, list[np.ndarray]] = {name: [] for name in axes}
-    for batch in stream(model, samples, [*axes, fed], threads=threads):
+    for (batch,) in lockstep((model, samples, [*axes, fed]), threads=threads):
         for name, axis in axes.items():
             moved = np.moveaxis(batch[name], axis, -1)
             count = len(batch[fed])

@@ -3,15 +3,23 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.linalg.blas import dgemm
 
 
 @dataclass
 class PairStatistics:
-    """Second moments of two sets of channels seen on the same inputs: `a` [rows, p] and `b` [rows, q]."""
+    """Second moments of two sets of channels seen on the same inputs: `a` [rows, p] and `b` [rows, q].
 
+    Attributes:
+        within: keep the products inside each set, `aa` and `bb`, too; only `cka` needs them.
+    """
+
+    within: bool = True
     rows: int = 0
     sum_a: np.ndarray = field(default_factory=lambda: np.zeros(0))
     sum_b: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    square_a: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    square_b: np.ndarray = field(default_factory=lambda: np.zeros(0))
     aa: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     bb: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     ab: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -21,14 +29,18 @@ class PairStatistics:
         a, b = a.astype(np.float64), b.astype(np.float64)  # float32 products drown channels far from zero mean
         if self.rows == 0:
             p, q = a.shape[1], b.shape[1]
-            self.sum_a, self.sum_b = np.zeros(p), np.zeros(q)
-            self.aa, self.bb, self.ab = np.zeros((p, p)), np.zeros((q, q)), np.zeros((p, q))
+            self.sum_a, self.sum_b, self.square_a, self.square_b = np.zeros(p), np.zeros(q), np.zeros(p), np.zeros(q)
+            self.ab = np.zeros((p, q))
+            if self.within:
+                self.aa, self.bb = np.zeros((p, p)), np.zeros((q, q))
         self.rows += len(a)
         self.sum_a += a.sum(0)
         self.sum_b += b.sum(0)
-        self.aa += a.T @ a
-        self.bb += b.T @ b
-        self.ab += a.T @ b
+        self.square_a += np.einsum("rp,rp->p", a, a)
+        self.square_b += np.einsum("rq,rq->q", b, b)
+        self.ab = _plus_product(self.ab, a, b)
+        if self.within:
+            self.aa, self.bb = _plus_product(self.aa, a, a), _plus_product(self.bb, b, b)
 
     def covariance(self) -> np.ndarray:
         """[p, q] cross-covariance."""
@@ -36,8 +48,8 @@ class PairStatistics:
 
     def deviations(self) -> tuple[np.ndarray, np.ndarray]:
         """Standard deviations [p], [q]."""
-        var_a = np.diag(self.aa) / self.rows - (self.sum_a / self.rows) ** 2
-        var_b = np.diag(self.bb) / self.rows - (self.sum_b / self.rows) ** 2
+        var_a = self.square_a / self.rows - (self.sum_a / self.rows) ** 2
+        var_b = self.square_b / self.rows - (self.sum_b / self.rows) ** 2
         return np.sqrt(np.maximum(var_a, 0)), np.sqrt(np.maximum(var_b, 0))
 
     def correlation(self) -> np.ndarray:
@@ -54,12 +66,17 @@ class PairStatistics:
         return float(np.linalg.norm(self.covariance()) ** 2 / scale) if scale > 0 else 0.0
 
 
+def _plus_product(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """total + a' b in float64; in place, since a product of wide layers takes as long to store as to compute."""
+    return dgemm(1.0, b.T, a.T, 1.0, total.T, trans_b=True, overwrite_c=True).T
+
+
 @dataclass
 class Regression:
     """Sufficient statistics of a linear layer's inputs and targets for one task, for each group g of the layer.
 
     With X [rows, f + 1] the layer's inputs (last column ones) and Z [rows, o] the targets, it keeps X'X, X'Z, the sum
-    of Z and the sum of Z^2.
+    of Z and the sum of Z^2. Tasks whose inputs are the same ones share one `gram`.
     """
 
     rows: int = 0
@@ -83,6 +100,13 @@ class Regression:
         self.cross += rows.transpose(0, 2, 1) @ outputs
         self.target_sum += outputs.sum(1, dtype=np.float64)
         self.target_square += (outputs.astype(np.float64) ** 2).sum(1)
+
+    def split(self, tasks: int) -> list["Regression"]:
+        """For targets [rows, g, tasks, o] that were added as one: the statistics of each task."""
+        if self.rows == 0:
+            return [Regression() for _ in range(tasks)]
+        parts = (np.split(array, tasks, axis=-1) for array in (self.cross, self.target_sum, self.target_square))
+        return [Regression(self.rows, self.gram, *own) for own in zip(*parts, strict=True)]
 
     def target_variance(self) -> np.ndarray:
         """[g, o] variance of each target."""
