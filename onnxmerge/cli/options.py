@@ -17,7 +17,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="[TASK=]D",
-        help="Samples: an .npz, a folder of images, a YAML data card or module:function; for all tasks or for one.",
+        help="Samples: an .npz, a folder of images, a YAML data card or module:function; for all tasks or for one; "
+        "or noise, a stand-in.",
         show_default=False,
     ),
 ]
