@@ -24,7 +24,7 @@ from pack import resnet50
 from stage_cost import Stages
 
 from onnxmerge.ir.save import save
-from onnxmerge.methods import counterparts, fusing
+from onnxmerge.methods import counterparts, fusing, selecting
 from onnxmerge.methods.align import align_layers
 from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.progress import Silent
@@ -146,14 +146,16 @@ def measure_stages(size: int, samples: int, threads: int | None) -> dict[str, ob
         "pair_statistics": "channel statistics",
         "match_by_activations": "match channels",
         "target_channels": "match channels",
+        "select": "select channels: gather",
         "solve_least_squares": "least squares: solve",
         "solve_by_channel": "least squares: solve",
     }
+    stages.watch(selecting, "_share_out", "select channels: choose")
     for name, stage in watched.items():
         for module in (fusing, counterparts):
             if hasattr(module, name):
                 stages.watch(module, name, stage)
-    stages.watch_method(fusing.TransportAverage, "call", "average")
+    stages.watch_method(fusing.TakeChannels, "call", "take channels")
     stages.watch_method(Refit, "call", "least squares: gather")
     with stages.stage("load and normalise"):
         tasks = tasks_of(paths, data)
@@ -199,9 +201,10 @@ def measure_width(width: int, threads: int | None) -> dict[str, float]:
     options = fusing.FuseOptions(samples=ROWS, threads=threads)
     with _timed(seconds, "fuse"):
         stages = Stages()
+        stages.watch(fusing, "select", "select")
         stages.watch_method(Refit, "call", "refit")
         fusing.fuse_networks(tasks[0], tasks[1:], [aligned.pairs], [1.0, 1.0], options, Silent())
-    return seconds | {"refit": stages.costs["refit"].seconds}
+    return seconds | {name: cost.seconds for name, cost in stages.costs.items()}
 
 
 class _timed:

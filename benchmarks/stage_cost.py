@@ -67,8 +67,9 @@ class Stages:
         @functools.wraps(inner)
         def watched(*args: Any, **kwargs: Any) -> Any:
             with self.stage(stage) as cost:
+                before = array_bytes(args)
                 result = inner(*args, **kwargs)
-                cost.statistics = max(cost.statistics, array_bytes([args, result]) / 1e6)
+                cost.statistics = max(cost.statistics, before / 1e6, array_bytes([args, result]) / 1e6)
             return result
 
         setattr(module, name, watched)
@@ -104,7 +105,7 @@ def _collect(value: object, found: dict[int, int]) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _collect(item, found)
-    elif is_dataclass(value) and type(value).__module__.endswith(("statistics", "stage_cost")):
+    elif is_dataclass(value) and type(value).__module__.endswith(("statistics", "selecting", "stage_cost")):
         _collect([getattr(value, field.name) for field in fields(value)], found)
 
 

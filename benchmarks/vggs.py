@@ -8,7 +8,7 @@ groups, one linear head.
 
 Unlike the paper (300 epochs, SGD, rate 0.05 halved every 30 epochs): EPOCHS epochs of SGD with a one-cycle schedule up
 to RATE, gradients clipped to norm 1 from He's initialisation (without norms nothing starts otherwise), images flipped
-at random, bfloat16 while training. On one quiet core A takes four to five minutes and B less than two; run as a script
+at random, bfloat16 while training. On one quiet core A takes about five minutes and B two; run as a script
 it trains all pairs.
 """
 

@@ -52,7 +52,8 @@ class ChannelMap:
     @staticmethod
     def from_permutation(order: np.ndarray) -> "ChannelMap":
         """The map of an alignment: our channel i is their channel `order[i]`."""
-        forward = np.eye(len(order))[order]
+        forward = np.zeros((len(order), len(order)), np.int8)
+        forward[np.arange(len(order)), order] = 1
         return ChannelMap(forward, forward.T)
 
     @staticmethod
@@ -175,16 +176,21 @@ def transported_arrays(reference: oir.Model, partner: MappedPartner, spaces: Seq
         ModelError: an array does not fit ours, or a node whose weights cannot be told apart into those that make
             channels and those that read them meets a map that is no permutation.
     """
-    inside: dict[str, dict[str, Space]] = {}
-    for space in spaces:
-        for slots in space.weights:
-            inside.setdefault(slots.name, {})[space.name] = space
-    equal = all(partner.spaces[space.name].size == space.size for space in spaces)
-    return {
-        name: _carry_constant(value, partner, inside.get(name, {}).values())
-        for name, value in reference.graph.initializers.items()
-        if name in partner.constants and is_float(value) and (equal or get_array(value).size > 1)
+    found = {
+        value.name or "": transported_array(value, partner, spaces) for value in reference.graph.initializers.values()
     }
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def transported_array(value: oir.Value, partner: MappedPartner, spaces: Sequence[Space]) -> np.ndarray | None:
+    """What `transported_arrays` has for one constant of ours; None where it has nothing."""
+    name = value.name or ""
+    if name not in partner.constants or not is_float(value):
+        return None
+    if get_array(value).size <= 1 and any(partner.spaces[space.name].size != space.size for space in spaces):
+        return None
+    inside = [space for space in spaces if any(slots.name == name for slots in space.weights)]
+    return _carry_constant(value, partner, inside)
 
 
 def _carry_constant(value: oir.Value, partner: MappedPartner, spaces: Iterable[Space]) -> np.ndarray:
@@ -305,9 +311,15 @@ def target_channels(
         ]
         if all(place.order is not None for place in places):
             orders[name] = carry(np.arange(theirs), (size,), along, name)
+        elif len(along) == 1 and _in_order(along[0].ours, size) and _in_order(along[0].theirs, theirs):
+            maps[name] = along[0].matrix  # not copied for each value of a stream
         else:
             maps[name] = carry(np.eye(theirs), (size, theirs), along, name)
     return orders, maps
+
+
+def _in_order(slots: Slots, size: int) -> bool:
+    return slots.rows is None and np.array_equal(slots.index, np.arange(size)[:, None])
 
 
 # --- one array --------------------------------------------------------------------------------------------------------

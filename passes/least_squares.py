@@ -16,7 +16,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.blas import daxpy
 
-from onnxmerge.runtime.statistics import Regression
+from onnxmerge.runtime.statistics import Regression, mirror
 
 RIDGE = 1e-2
 """Default lambda."""
@@ -38,44 +38,51 @@ def solve_least_squares(
     """
     seen = [(task, weight) for task, weight in zip(statistics, weights, strict=True) if task.rows]
     factors = [weight / (task.rows * max(float(task.target_variance().mean()), 1e-12)) for task, weight in seen]
-    cross = np.sum([factor * task.cross for factor, (task, _) in zip(factors, seen, strict=True)], axis=0)
-    gram = _weighted_sum([task.gram for task, _ in seen], factors)
+    gram, scale = _weighted_sum([task.gram for task, _ in seen], factors)
     fan_in = gram.shape[1] - 1
-    solution = np.empty_like(cross)
+    solution = np.empty((len(gram), fan_in + 1, prior.shape[2]))
     for group in range(len(gram)):
-        diagonal = np.einsum("ff->f", gram[group])
-        pull = np.full(fan_in + 1, ridge * max(float(diagonal[:-1].sum()) / max(fan_in, 1), 1e-12))
+        right = np.zeros(solution[group].shape)
+        for factor, (task, _) in zip(factors, seen, strict=True):
+            right += factor / scale * task.cross[group]
+        diagonal = gram[group].diagonal()
+        pull = np.full(fan_in + 1, ridge * max(float(diagonal[:-1].sum()) / max(fan_in, 1), 1e-12 / scale))
         pull[-1] = 1e-9 * diagonal[-1]
-        diagonal += pull
-        solution[group] = _solve(gram[group], cross[group] + pull[:, None] * prior[group])
+        right += pull[:, None] * prior[group]
+        solution[group] = _solve(gram[group], pull, right)
     return solution
 
 
-def _weighted_sum(grams: Sequence[np.ndarray], factors: Sequence[float]) -> np.ndarray:
-    """Their sum, with one array more than there are; tasks that share a matrix count as one."""
+def _weighted_sum(grams: Sequence[np.ndarray], factors: Sequence[float]) -> tuple[np.ndarray, float]:
+    """An array and a factor whose product is their sum. One matrix that all share is that array itself, not a copy."""
     shared: dict[int, float] = {}
     for gram, factor in zip(grams, factors, strict=True):
         shared[id(gram)] = shared.get(id(gram), 0.0) + factor
-    total: np.ndarray | None = None
+    if len(shared) == 1:
+        return grams[0], shared[id(grams[0])]
+    total = np.zeros_like(grams[0])
     for gram in grams:
-        factor = shared.pop(id(gram), 0.0)
-        if total is None:
-            total = factor * gram
-        elif factor:
-            daxpy(gram.reshape(-1), total.reshape(-1), a=factor)  # in place
-    assert total is not None
-    return total
+        daxpy(gram.reshape(-1), total.reshape(-1), a=shared.pop(id(gram), 0.0))  # in place
+    return total, 1.0
 
 
-def _solve(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The solution of gram W = right for a symmetric matrix, whose lower triangle and diagonal are used up."""
+def _solve(gram: np.ndarray, pull: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The solution of (gram + diag(pull)) W = right for a symmetric matrix.
+
+    It is factored in its own lower triangle, which is then restored from the upper one: wide layers have no room for
+    another.
+    """
     diagonal = gram.diagonal().copy()
+    np.einsum("ff->f", gram)[:] += pull
     try:
         factor = cho_factor(gram.T, overwrite_a=True, check_finite=False)  # its upper triangle is our lower one
+        return cho_solve(factor, right, overwrite_b=True, check_finite=False)
     except np.linalg.LinAlgError:  # not positive to rounding
         whole = np.triu(gram, 1)
-        return np.linalg.solve(whole + whole.T + np.diag(diagonal), right)
-    return cho_solve(factor, right, overwrite_b=True, check_finite=False)
+        return np.linalg.solve(whole + whole.T + np.diag(diagonal + pull), right)
+    finally:
+        mirror(gram.T)
+        np.einsum("ff->f", gram)[:] = diagonal
 
 
 def solve_by_channel(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
 _TINY = 1e-9
 """A residual variance below this share of the variance is rounding."""
@@ -39,13 +39,13 @@ class Reading:
 def select_channels(readings: Sequence[Reading], count: int) -> list[int]:
     """The numbers of `count` of the n channels, in the order in which they were chosen.
 
-    Of equal channels the first is taken. Channels that add nothing come last, in order.
+    Of two equal channels one is taken. Channels that add nothing come last, in order.
 
     Args:
         readings: at least one.
         count: at most n.
     """
-    states = [_State(reading) for reading in readings]
+    states = [_State(reading, count) for reading in readings]
     size = len(readings[0].covariance)
     chosen: list[int] = []
     step = max(1, count // _ROUNDS)
@@ -66,24 +66,32 @@ def select_channels(readings: Sequence[Reading], count: int) -> list[int]:
 
 def predictions(readings: Sequence[Reading], chosen: Sequence[int]) -> np.ndarray:
     """[n, chosen]: every channel as a linear combination of the chosen ones, by the mean of the correlations."""
-    total = np.sum([r.covariance / max(float(np.trace(r.covariance)), 1e-30) for r in readings], axis=0)
-    inner = total[np.ix_(chosen, chosen)]
+    total = np.zeros((len(chosen), len(readings[0].covariance)))
+    for reading in readings:
+        total += reading.covariance[chosen] / max(float(np.trace(reading.covariance)), 1e-30)
+    inner = total[:, chosen]
     ridge = 1e-6 * max(float(np.trace(inner)) / len(inner), 1e-30)
-    return cho_solve(cho_factor(inner + ridge * np.eye(len(inner))), total[chosen]).T
+    np.einsum("cc->c", inner)[:] += ridge
+    return cho_solve(cho_factor(inner, overwrite_a=True), total, overwrite_b=True).T
 
 
 class _State:
     """What the channels chosen so far leave open at one place."""
 
-    def __init__(self, reading: Reading):
+    def __init__(self, reading: Reading, count: int):
         self._full = reading.covariance
         self._diagonal = np.diag(reading.covariance).copy()
         self._least = _TINY * self._diagonal + 1e-30
         self._left = self._diagonal.copy()
-        self._factor = np.zeros((len(self._full), 0))
-        """G with K_res = K - G G'."""
+        self._room = np.empty((len(self._full), count), order="F")
+        self._taken = 0
         self._seen = reading.covariance @ reading.root
         """K_res L"""
+
+    @property
+    def _factor(self) -> np.ndarray:
+        """G with K_res = K - G G'."""
+        return self._room[:, : self._taken]
 
     def scores(self) -> np.ndarray:
         """[n] what each channel would explain."""
@@ -96,22 +104,23 @@ class _State:
 
     def take(self, channels: Sequence[int]) -> None:
         """Take what `channels` explain out of the residual."""
-        columns = []
-        for channel in channels:
-            column = self._full[:, channel] - self._factor @ self._factor[channel]
+        residual = self._full[channels].T - self._factor @ self._factor[channels].T
+        columns: list[np.ndarray] = []
+        kept: list[int] = []
+        for channel, column in zip(channels, residual.T, strict=True):
             for other in columns:
                 column = column - other * other[channel]
             if column[channel] > self._least[channel]:
                 columns.append(column / np.sqrt(column[channel]))
+                kept.append(channel)
         if not columns:
             return
         block = np.stack(columns, axis=1)
-        alive = [channel for channel in channels if self._left[channel] > self._least[channel]]
-        # K_res L of the block by its own channels: G_b' L = (G_b[alive])^-1 (K_res L)[alive]
-        own = np.linalg.lstsq(block[alive], self._seen[alive], rcond=None)[0]
-        self._seen -= block @ own
+        # K_res L of the block by its own channels: (K_res L)[kept] = G_b[kept] G_b' L, and G_b[kept] is triangular
+        self._seen -= block @ solve_triangular(block[kept], self._seen[kept], lower=True)
         self._left = np.maximum(self._left - (block**2).sum(1), 0)
-        self._factor = np.concatenate([self._factor, block], axis=1)
+        self._room[:, self._taken : self._taken + len(columns)] = block
+        self._taken += len(columns)
 
 
 def _greedy(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], count: int) -> list[int]:
@@ -122,6 +131,8 @@ def _greedy(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], count: i
         score = np.sum([_score(seen, np.diag(inner), least) for inner, seen, least in residuals], axis=0)
         score[chosen] = -1
         best = int(score.argmax())
+        if score[best] <= 0:  # the pool has no more to say; what lies outside it may have
+            break
         chosen.append(best)
         for inner, seen, least in residuals:
             if inner[best, best] > least[best]:
@@ -133,4 +144,4 @@ def _greedy(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], count: i
 
 def _score(seen: np.ndarray, left: np.ndarray, least: np.ndarray) -> np.ndarray:
     alive = left > least
-    return np.where(alive, (seen**2).sum(1) / np.where(alive, left, 1.0), 0.0)
+    return np.where(alive, np.einsum("cr,cr->c", seen, seen) / np.where(alive, left, 1.0), 0.0)

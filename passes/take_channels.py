@@ -15,7 +15,7 @@ import onnx_ir as oir
 
 from onnxmerge.ir.spaces import Space
 from onnxmerge.ir.weights import get_array, set_array
-from onnxmerge.passes.channel_map import MappedPartner, carry, constant_places, reading_axes, transported_arrays
+from onnxmerge.passes.channel_map import MappedPartner, carry, constant_places, reading_axes, transported_array
 
 
 class TakeChannels(oir.passes.InPlacePass):
@@ -34,9 +34,9 @@ class TakeChannels(oir.passes.InPlacePass):
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """Sum in float64; entries that no partner makes stay."""
-        arrays = [(partner, transported_arrays(model, partner, self.spaces)) for partner in self.partners]
-        for name, value in model.graph.initializers.items():
-            own = [(partner, found[name]) for partner, found in arrays if name in found]
+        for value in model.graph.initializers.values():
+            carried = [(partner, transported_array(value, partner, self.spaces)) for partner in self.partners]
+            own = [(partner, array) for partner, array in carried if array is not None]
             if own:
                 total = sum(partner.weight * array for partner, array in own)
                 shares = sum(partner.weight * self._taken(value, partner) for partner, _ in own)

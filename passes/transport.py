@@ -12,7 +12,7 @@ import onnx_ir as oir
 from onnxmerge.ir.spaces import Space
 from onnxmerge.ir.weights import get_array, set_array
 from onnxmerge.passes.average import weighted_mean
-from onnxmerge.passes.channel_map import MappedPartner, transported_arrays
+from onnxmerge.passes.channel_map import MappedPartner, transported_array
 
 
 class TransportAverage(oir.passes.InPlacePass):
@@ -33,9 +33,9 @@ class TransportAverage(oir.passes.InPlacePass):
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """Average in float64."""
-        arrays = [(p.weight, transported_arrays(model, p, self.spaces)) for p in self.partners]
-        for name, value in model.graph.initializers.items():
-            others = [(share, own[name]) for share, own in arrays if name in own]
+        for value in model.graph.initializers.values():
+            carried = [(p.weight, transported_array(value, p, self.spaces)) for p in self.partners]
+            others = [(share, array) for share, array in carried if array is not None]
             if others:
                 set_array(value, weighted_mean(get_array(value), self.weight, others))
         return oir.passes.PassResult(model, modified=True)

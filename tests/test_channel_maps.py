@@ -96,6 +96,21 @@ def test_exact_transport_costs_no_more_than_any_other(cost):
             assert total <= cost[generator.permutation(ours), np.arange(ours)].mean() + 1e-5
 
 
+@settings(max_examples=30)
+@given(narrow=st.integers(1, 9), times=st.integers(2, 5), wider=st.booleans(), seed=st.integers(0, 1000))
+def test_a_plan_between_a_width_and_its_multiple_is_as_good_as_the_simplex_finds(narrow, times, wider, seed):
+    import ot
+
+    cost = np.random.default_rng(seed).uniform(size=(narrow * times, narrow))
+    cost = cost if wider else cost.T
+    theirs, ours = cost.shape
+    plan = transport(cost).forward.T / ours
+    np.testing.assert_allclose(plan.sum(0), 1 / ours, atol=1e-12)
+    np.testing.assert_allclose(plan.sum(1), 1 / theirs, atol=1e-12)
+    best = ot.emd2(np.full(theirs, 1 / theirs), np.full(ours, 1 / ours), cost)
+    assert float((plan * cost).sum()) == pytest.approx(best, abs=1e-6)  # ties are broken by so little
+
+
 def test_entropy_spreads_and_vanishes_with_its_weight():
     cost = np.random.default_rng(0).uniform(size=(5, 5))
     soft, softer, hard = (transport(cost, r).forward for r in (0.1, 1.0, 1e-3))

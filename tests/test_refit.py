@@ -32,7 +32,7 @@ from onnxmerge.runtime.patches import (
     weight_array,
     weight_matrix,
 )
-from onnxmerge.runtime.statistics import PairStatistics, Regression
+from onnxmerge.runtime.statistics import Moments, PairStatistics, Regression
 
 # --- patches ----------------------------------------------------------------------------------------------------------
 
@@ -185,6 +185,40 @@ def test_least_squares_is_numpys():
         x = np.concatenate([inputs[group], np.ones((300, 1))], axis=1)
         wanted, *_ = np.linalg.lstsq(x, targets[:, 3 * group : 3 * group + 3], rcond=None)
         np.testing.assert_allclose(solution[group], wanted, atol=1e-8)
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_statistics_outlive_a_solution(tasks):
+    """The matrix is factored in its own place and restored: a layer is solved several times from one set."""
+    generator = np.random.default_rng(0)
+    both = regression(generator.standard_normal((2, 600, 300)), generator.standard_normal((600, 6 * tasks)))
+    parts, prior = both.split(tasks), generator.standard_normal((2, 301, 3))
+    before = both.gram.copy()
+    first, again = (solve_least_squares(parts, prior, [1.0] * tasks, ridge=1e-2) for _ in range(2))
+    np.testing.assert_allclose(both.gram, before, atol=1e-9)  # what BLAS makes may differ in its two triangles
+    np.testing.assert_allclose(first, again, atol=1e-9)
+    assert all(part.gram is both.gram for part in parts)
+
+
+def test_one_shared_matrix_and_two_equal_ones_have_one_solution():
+    generator = np.random.default_rng(0)
+    x, z = generator.standard_normal((1, 300, 4)), generator.standard_normal((2, 300, 3))
+    shared = regression(x, np.concatenate(list(z), axis=1)).split(2)
+    apart = [regression(x, own) for own in z]
+    prior = generator.standard_normal((1, 5, 3))
+    found = [solve_least_squares(own, prior, [1.0, 2.0], ridge=0.1) for own in (shared, apart)]
+    np.testing.assert_allclose(*found, atol=1e-10)
+
+
+def test_moments_are_numpys_covariance():
+    """Also over the edge of a tile, and of channels far from zero mean."""
+    rows = np.random.default_rng(0).standard_normal((700, 300)) + np.linspace(0, 100, 300)
+    moments = Moments()
+    for part in np.split(rows, [3, 500]):
+        moments.update(part)
+    found = moments.into_covariance()
+    np.testing.assert_allclose(found, np.cov(rows.T, bias=True), atol=1e-9)
+    np.testing.assert_array_equal(found, found.T)
 
 
 def test_least_squares_of_two_tasks_weighs_their_relative_errors():

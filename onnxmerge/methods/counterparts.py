@@ -319,7 +319,9 @@ def _statistics(
 ) -> dict[str, PairStatistics]:
     owners = (reference, task)
     sizes = {"samples": options.samples, "seed": options.seed}
-    return pair_statistics(reference, task, model, owners, values, places, **sizes, threads=options.threads)
+    return pair_statistics(
+        reference, task, model, owners, values, places, **sizes, threads=options.threads, within=False
+    )
 
 
 def _places(reference: Task, spaces: Sequence[Space], values: Mapping[str, str]) -> dict[str, int]:

@@ -6,6 +6,7 @@ are never needed: of several candidates the one that agrees best with the ensemb
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from onnxmerge.files import claim_folder, whole_file, write_text
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save, stored_bytes
+from onnxmerge.ir.stages import find_steps
 from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.choices import Rule, Start, Targets
 from onnxmerge.methods.counterparts import Counterpart, FuseOptions
@@ -35,7 +37,7 @@ from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
 from onnxmerge.passes.reinitialise import Reinitialise
 from onnxmerge.report.provenance import hardware, library_versions, sha256
-from onnxmerge.report.schema import Candidate, Result
+from onnxmerge.report.schema import Candidate, LayerLink, LayerLinks, Result, TaskScore
 from onnxmerge.report.write import write_report
 
 FITS = 0.999
@@ -74,11 +76,12 @@ def fuse_models(
     settings, progress = settings or FuseSettings(), progress or Silent()
     tasks = _load(models, data, settings, progress)
     planned = make_fuse_plan(tasks, settings, progress)
+    weights = _in_order(tasks, planned, settings)
     folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = _recipe(planned.tasks, settings)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
-        run = _Run(planned, _in_order(tasks, planned, settings), settings, Path(temporary), shelf, recipe, progress)
+        run = _Run(planned, weights, settings, Path(temporary), shelf, recipe, progress)
         interrupted = run.make_candidates()
         result = run.result()
     (folder / "merged.onnx").unlink(missing_ok=True)
@@ -195,9 +198,14 @@ class _Run:
         return Judge(self.tasks, self.temporary, self.settings.threads, outputs=outputs)
 
     @cached_property
+    def originals(self) -> dict[str, TaskScore]:
+        """Each network against the ensemble."""
+        return {task.name: self.ensemble.score(task.model) for task in self.tasks}
+
+    @cached_property
     def ranking(self) -> list[int]:
         """The numbers of the networks, the one that agrees best with the ensemble first."""
-        closeness = [self.ensemble.score(task.model).closeness for task in self.tasks]
+        closeness = [self.originals[task.name].closeness for task in self.tasks]
         return sorted(range(len(self.tasks)), key=lambda number: -closeness[number])
 
     # --- candidates
@@ -336,7 +344,27 @@ class _Run:
             recipe=self.recipe,
             hardware=hardware(),
             notes=self.notes,
+            originals=self.originals if self.candidates else {},
+            layer_maps=_layer_links(self.planned),
         )
+
+
+def _layer_links(planned: Planned) -> dict[str, LayerLinks]:
+    """The layer maps as the report shows them."""
+    steps = [{step.name: step.width for step in find_steps(task.model)} for task in planned.tasks]
+    return {
+        task.name: LayerLinks(
+            fused=steps[0],
+            original=own,
+            links=[
+                LayerLink(
+                    fused=pair.first.name, original=pair.second.name, cka=pair.cka if math.isfinite(pair.cka) else None
+                )
+                for pair in pairs
+            ],
+        )
+        for task, own, pairs in zip(planned.others, steps[1:], planned.maps, strict=True)
+    }
 
 
 def _nearness(candidate: Candidate) -> float:

@@ -13,7 +13,7 @@ from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.stages import Step, find_steps
-from onnxmerge.methods.align import Pair, align_layers
+from onnxmerge.methods.align import LayerAlignment, Pair, align_layers
 from onnxmerge.methods.balance import balance
 from onnxmerge.methods.choices import Balance, Matching
 from onnxmerge.methods.counterparts import surplus_steps
@@ -76,7 +76,7 @@ def make_fuse_plan(tasks: Sequence[Task], settings: FuseSettings, progress: Prog
     replayed = None if settings.maps is None else _read(Path(settings.maps))
     for task in others:
         if replayed is None:
-            found = align_layers(reference, task, **_how(settings), progress=progress)
+            found = _align(reference, task, settings, progress)
             notes += found.notes
             maps.append(found.pairs)
         else:
@@ -100,8 +100,10 @@ def make_fuse_plan(tasks: Sequence[Task], settings: FuseSettings, progress: Prog
     return Planned(plan, reference, others, maps, notes)
 
 
-def _how(settings: FuseSettings) -> dict[str, object]:
-    return {"cost": settings.cost, "seed": settings.seed, "threads": settings.threads}
+def _align(reference: Task, task: Task, settings: FuseSettings, progress: Progress) -> LayerAlignment:
+    return align_layers(
+        reference, task, cost=settings.cost, seed=settings.seed, threads=settings.threads, progress=progress
+    )
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ def _check_channels(network: Network) -> None:
 def _deepened(reference: Task, others: Sequence[Task], settings: FuseSettings, progress: Progress) -> Task:
     """The reference with identities for the layers that deeper networks have and it lacks; the same function."""
     for task in sorted(others, key=lambda task: -len(find_steps(task.model))):
-        pairs = align_layers(reference, task, **_how(settings), progress=progress).pairs
+        pairs = _align(reference, task, settings, progress).pairs
         if surplus_steps(task, pairs):
             flipped = [(pair.second, pair.first) for pair in pairs]
             reference = replace(reference, model=balance(task.model, reference.model, flipped, "add").shallow)

@@ -171,7 +171,8 @@ def _refit(
 ) -> None:
     """Refit the fused network layer by layer towards all networks, in place."""
     heard = [(member, weight) for member, weight in zip(members, weights, strict=True) if weight]
-    reader, shared = members[0].task, {}
+    reader = members[0].task
+    shared: dict[int, Feeds] = {}
     for member, _ in heard:  # what the fused network makes of the same samples is worked out once
         shared.setdefault(id(member.task.data), _feeds(member.task, reader, options))
     teachers = {
@@ -209,7 +210,7 @@ def _taken(member: Counterpart, layer: Layer) -> np.ndarray:
     name = layer.linear.name or ""
     if name not in member.maps:
         return np.ones(layer.out_channels, bool)
-    return member.maps[name].any(axis=1)
+    return np.asarray(member.maps[name].any(axis=1))
 
 
 def _feeds(task: Task, reader: Task, options: FuseOptions) -> Feeds:

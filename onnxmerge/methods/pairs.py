@@ -56,14 +56,16 @@ def pair_statistics(
             for _ in range(0, len(split), BATCH)
         ]
 
-        def update(start: int, a: Arrays, b: Arrays, drawn: Sequence[Mapping[str, Positions]] = drawn) -> None:
+        def update(start: int, both: Sequence[Arrays], drawn: Sequence[Mapping[str, Positions]] = drawn) -> None:
+            a, b = both
             for name in [name for name in a if name in drawn[0]]:
                 at = places[name], drawn[start // BATCH][name]
                 found.setdefault(name, PairStatistics(within)).update(
                     output_rows(a[name], *at), output_rows(b[name], *at)
                 )
 
-        _walk((ours.model, model), feeds, values, list(places), update, threads)
+        for _ in walk((ours.model, model), [feeds], (_same(values), values), list(places), update, threads):
+            pass
     return {name: found[name] for name in places if name in found}
 
 
@@ -88,64 +90,107 @@ def _grids(
     """The grid of each place that has the same one in both networks."""
     found: dict[str, tuple[int, ...]] = {}
 
-    def compare(_: int, a: Arrays, b: Arrays) -> None:
+    def compare(_: int, both: Sequence[Arrays]) -> None:
+        a, b = both
         grids = {name: (grid_of(a[name], places[name]), grid_of(b[name], places[name])) for name in a if name in places}
         found.update({name: grid for name, (grid, theirs) in grids.items() if grid == theirs})
 
-    _walk(models, (_First(feeds[0]), _First(feeds[1])), values, list(places), compare, threads)
+    first = _First(feeds[0]), _First(feeds[1])
+    for _ in walk(models, [first], (_same(values), values), list(places), compare, threads):
+        pass
     return {name: found[name] for name in places if name in found}
 
 
-def _walk(
-    models: tuple[oir.Model, oir.Model],
-    feeds: tuple[Samples, Samples],
-    values: Mapping[str, str],
-    wanted: Sequence[str],
-    update: Callable[[int, Arrays, Arrays], None],
-    threads: int | None,
-) -> None:
-    """Tell `update` the number of the first sample of each batch and the values `wanted` of both, by our names.
+def _same(values: Mapping[str, str]) -> dict[str, str]:
+    return {name: name for name in values}
 
-    Both networks are walked from cut to cut, and what arrives at one is kept on disk: so only the weights between two
+
+def walk(
+    models: Sequence[oir.Model],
+    feeds: Sequence[Sequence[Samples]],
+    values: Sequence[Mapping[str, str]],
+    wanted: Sequence[str],
+    update: Callable[[int, Sequence[Arrays]], None],
+    threads: int | None,
+) -> Iterator[list[str]]:
+    """Run several networks side by side over the same samples; yields the names of values that are done with.
+
+    The networks are walked from cut to cut, and what arrives at one is kept on disk: so only the weights between two
     cuts are loaded at a time.
+
+    Args:
+        models: of one structure between the cuts that all have.
+        feeds: sets of samples, each as every model reads it.
+        values: for each model our names of values -> its own.
+        wanted: our names; a model need not have all of them.
+        update: told the number of the first sample of each batch, and for each model the values by our names.
+        threads: for onnxruntime.
     """
-    their_cuts = {unit.cut for unit in find_units(models[1])}
-    cuts = [unit.cut for unit in find_units(models[0]) if values.get(unit.cut) in their_cuts]
+    cuts = _common_cuts(models, values)
     at = [[value.name or "" for value in model.graph.inputs] for model in models]
-    samples: tuple[Samples, Samples] = feeds
+    samples = [list(own) for own in feeds]
     left = list(wanted)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
         for step, cut in enumerate([*cuts, None]):
-            inside = left if cut is None else _computed(cut_out(models[0], at[0], [cut]), left)
+            ends = [] if cut is None else [own[cut] for own in values]
+            inside = left if cut is None else _computed(models, at, ends, values, left)
             left = [name for name in left if name not in inside]
-            asked = list(dict.fromkeys([*inside, *([] if cut is None else [cut])]))
             if not inside and not left:
                 return
-            names = asked, [values[name] for name in asked]
-            pieces = [cut_out(model, *ends) for model, *ends in zip(models, at, names, strict=True)]
-            batches = lockstep(*zip(pieces, samples, names, strict=True), threads=threads)
-            kept = keep(_passing(batches, values, cut, update), Path(folder) / str(step)).arrays
-            if cut is not None:
-                samples = Stored({cut: kept["ours"]}), Stored({values[cut]: kept["theirs"]})
-                at = [[cut], [values[cut]]]
-            if step:
-                shutil.rmtree(Path(folder) / str(step - 1))
+            asked = list(dict.fromkeys([*inside, *([] if cut is None else [cut])]))
+            names = [[name for name in asked if name in own] for own in values]
+            known = [[own[name] for name in some] for own, some in zip(values, names, strict=True)]
+            pieces = [cut_out(*piece) if piece[2] else piece[0] for piece in zip(models, at, known, strict=True)]
+            for number, own in enumerate(samples):
+                batches = lockstep(*zip(pieces, own, known, strict=True), threads=threads)
+                room = Path(folder) / f"{step}-{number}"
+                kept = keep(_passing(batches, names, values, cut, update), room).arrays
+                if step:
+                    shutil.rmtree(Path(folder) / f"{step - 1}-{number}")
+                if cut is not None:
+                    samples[number] = [Stored({end: kept[str(place)]}) for place, end in enumerate(ends)]
+            at = [[end] for end in ends]
+            yield inside
 
 
-def _computed(piece: oir.Model, names: Sequence[str]) -> list[str]:
-    made = {value.name for node in piece.graph for value in node.outputs}
-    return [name for name in names if name in made]
+def _common_cuts(models: Sequence[oir.Model], values: Sequence[Mapping[str, str]]) -> list[str]:
+    """Our names of the first model's cuts that are cuts of all."""
+    cuts = [[unit.cut for unit in find_units(model)] for model in models]
+    ours = {name: own for own, name in values[0].items()}
+    candidates = [ours[cut] for cut in cuts[0] if cut in ours]
+    return [cut for cut in candidates if all(own.get(cut) in some for own, some in zip(values, cuts, strict=True))]
+
+
+def _computed(
+    models: Sequence[oir.Model],
+    at: Sequence[Sequence[str]],
+    ends: Sequence[str],
+    values: Sequence[Mapping[str, str]],
+    names: Sequence[str],
+) -> list[str]:
+    """Which of the values lie before the ends."""
+    found: set[str] = set()
+    for model, inputs, end, own in zip(models, at, ends, values, strict=True):
+        piece = cut_out(model, inputs, [end])
+        made = {value.name for node in piece.graph for value in node.outputs}
+        found |= {name for name in names if own.get(name) in made}
+    return [name for name in names if name in found]
 
 
 def _passing(
     batches: Iterator[tuple[Arrays, ...]],
-    values: Mapping[str, str],
+    names: Sequence[Sequence[str]],
+    values: Sequence[Mapping[str, str]],
     cut: str | None,
-    update: Callable[[int, Arrays, Arrays], None],
+    update: Callable[[int, Sequence[Arrays]], None],
 ) -> Iterator[Arrays]:
     """What arrives at the cut, after `update` has seen the batch."""
     start = 0
-    for a, b in batches:
-        update(start, a, {name: b[values[name]] for name in a})
-        start += len(next(iter(a.values())))
-        yield {} if cut is None else {"ours": a[cut], "theirs": b[values[cut]]}
+    for arrays in batches:
+        own = [
+            {name: batch[called[name]] for name in some}
+            for batch, some, called in zip(arrays, names, values, strict=True)
+        ]
+        update(start, own)
+        start += max((len(array) for batch in own for array in batch.values()), default=0)
+        yield {} if cut is None else {str(place): batch[cut] for place, batch in enumerate(own)}

@@ -1,20 +1,22 @@
 """Which channels of which network a fused network gets: chosen space by space from all networks' activations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as oir
+from scipy.linalg import block_diag
 
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.spaces import Slots, Space
 from onnxmerge.ir.weights import get_array
 from onnxmerge.methods.counterparts import Counterpart, FuseOptions
+from onnxmerge.methods.pairs import walk
 from onnxmerge.passes.channel_map import ChannelMap, target_channels
 from onnxmerge.passes.select_channels import Reading, predictions, select_channels
-from onnxmerge.runtime.activations import lockstep
+from onnxmerge.runtime.activations import Arrays
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
-from onnxmerge.runtime.statistics import PairStatistics
+from onnxmerge.runtime.statistics import Moments
 
 
 def select(
@@ -33,12 +35,21 @@ def select(
     heard = [member for member, weight in zip(members, weights, strict=True) if weight]
     shares = {id(member): weight for member, weight in zip(members, weights, strict=True)}
     places = _places(members[0], heard, spaces)
-    _observe(heard, places, options)
+    unions = {
+        space.name: _Union(space, [place for place in places if place.space is space], heard, shares)
+        for space in spaces
+    }
     maps: dict[int, dict[str, ChannelMap]] = {id(member): {} for member in members}
-    for space in spaces:
-        own = [place for place in places if place.space is space and place.known]
-        for number, found in _share_out(space, own, members, shares).items():
-            maps[number][space.name] = found
+    unseen = {place.name for place in places}
+    for names in _observe(heard, places, options):
+        unseen -= set(names)
+        for space in spaces:  # statistics are let go as soon as all are there: wide streams have large ones
+            union = unions.get(space.name)
+            if union is not None:
+                union.add(names)
+                if not any(place.name in unseen for place in union.places):
+                    for number, found in _share_out(unions.pop(space.name), members).items():
+                        maps[number][space.name] = found
     return [_mapped(members[0], member, maps[id(member)], spaces) for member in members]
 
 
@@ -46,11 +57,12 @@ def select(
 class _Place:
     """One value of ours, in which a space lies, that layers read, and the members that have a counterpart of it."""
 
+    name: str
     space: Space
     slots: Slots
     members: dict[int, tuple[str, Slots]]
     """By member: the name of its value, and where its channels lie."""
-    sums: PairStatistics = field(default_factory=lambda: PairStatistics(within=False))
+    sums: Moments = field(default_factory=Moments)
     known: bool = True
     """Whether the values have one grid."""
 
@@ -70,27 +82,39 @@ def _places(reference: Counterpart, members: Sequence[Counterpart], spaces: Sequ
                 if own is not None and len(own.axes) == 1 and own.index.shape[1] == slots.index.shape[1]:
                     theirs[id(member)] = (value, own)
             if theirs:
-                found.append(_Place(space, slots, theirs))
+                found.append(_Place(name, space, slots, theirs))
     return found
 
 
-def _observe(members: Sequence[Counterpart], places: Sequence[_Place], options: FuseOptions) -> None:
-    """Gather the second moments of all members' channels side by side at each place, on the samples of all."""
+def _observe(members: Sequence[Counterpart], places: Sequence[_Place], options: FuseOptions) -> Iterator[list[str]]:
+    """Gather the second moments of all members' channels side by side at each place, on the samples of all.
+
+    Yields the names of the values that are done with, the rest at the end.
+    """
     generator = np.random.default_rng(options.seed)
-    for owner in {id(member.task.data): member.task for member in members}.values():
+    owners = {id(member.task.data): member.task for member in members}.values()
+    feeds = []
+    for owner in owners:
         split = owner.data.calibration.take(options.samples, options.seed)
-        sources = []
-        for member in members:
-            names = dict.fromkeys(place.members[id(member)][0] for place in places if id(member) in place.members)
-            sources.append((member.teacher, owner.feeds(split, member.task), list(names)))
-        for batches in lockstep(*sources, threads=options.threads):
-            values = {id(member): batch for member, batch in zip(members, batches, strict=True)}
-            for place in places:
-                _add(place, values, generator)
+        feeds.append([owner.feeds(split, member.task) for member in members])
+
+    def update(_: int, batches: Sequence[Arrays]) -> None:
+        for place in places:
+            arrays = [
+                (batch[place.name], place.members[id(member)][1])
+                for member, batch in zip(members, batches, strict=True)
+                if place.name in batch and id(member) in place.members
+            ]
+            if arrays:
+                _add(place, arrays, generator)
+
+    names = list(dict.fromkeys(place.name for place in places))
+    models, values = [member.teacher for member in members], [member.values for member in members]
+    yield from walk(models, feeds, values, names, update, options.threads)
+    yield []
 
 
-def _add(place: _Place, values: Mapping[int, Mapping[str, np.ndarray]], generator: np.random.Generator) -> None:
-    arrays = [(values[number][name], slots) for number, (name, slots) in place.members.items()]
+def _add(place: _Place, arrays: Sequence[tuple[np.ndarray, Slots]], generator: np.random.Generator) -> None:
     grids = {grid_of(array, slots.axes[0]) for array, slots in arrays}
     if len(grids) > 1:
         place.known = False
@@ -100,40 +124,88 @@ def _add(place: _Place, values: Mapping[int, Mapping[str, np.ndarray]], generato
     for array, slots in arrays:
         rows = output_rows(array, slots.axes[0], positions)
         columns.append(np.concatenate([rows[:, slot] for slot in slots.index.T]))  # each slot of a channel is a sample
-    rows = np.concatenate(columns, axis=1)
-    place.sums.update(rows, rows)
+    place.sums.update(np.concatenate(columns, axis=1))
 
 
-def _share_out(
-    space: Space, places: Sequence[_Place], members: Sequence[Counterpart], shares: Mapping[int, float]
-) -> dict[int, ChannelMap]:
+class _Union:
+    """The channels of all networks in one space side by side: what is seen and read of them, over its places.
+
+    Places count alike: each place's covariance is divided by its trace, and what a network reads there is scaled to its
+    weight.
+    """
+
+    def __init__(
+        self, space: Space, places: Sequence[_Place], members: Sequence[Counterpart], shares: Mapping[int, float]
+    ):
+        self.space, self.places, self._shares = space, places, shares
+        self._models = {id(member): member.teacher for member in members}
+        self.members = [n for n in self._models if places and all(n in place.members for place in places)]
+        """By number, the reference first where it is heard: those that can be looked at in every place."""
+        self._covariance: np.ndarray | None = None
+        self._roots: dict[int, list[np.ndarray]] = {number: [] for number in self.members}
+
+    def add(self, names: Sequence[str]) -> None:
+        """Take in the places at the values `names`, which have been seen to the end."""
+        for place in self.places:
+            if place.name in names and place.known and self.members:
+                self._add(place)
+
+    def reading(self) -> Reading | None:
+        """All places together; None where there is none."""
+        if self._covariance is None:
+            return None
+        parts = [_compact(np.concatenate(roots, axis=1)) for roots in self._roots.values()]
+        return Reading(self._covariance, block_diag(*parts).astype(np.float32))
+
+    def _add(self, place: _Place) -> None:
+        sizes = [len(slots.index) for _, slots in place.members.values()]
+        offsets = dict(zip(place.members, np.cumsum([0, *sizes]), strict=False))
+        wanted = np.concatenate([offsets[n] + np.arange(len(place.members[n][1].index)) for n in self.members])
+        covariance = place.sums.into_covariance()
+        if not np.array_equal(wanted, np.arange(len(covariance))):
+            covariance = covariance[np.ix_(wanted, wanted)]
+        covariance /= max(float(np.trace(covariance)), 1e-30)
+        start = 0
+        for number in self.members:
+            name, slots = place.members[number]
+            root, end = _root(self._models[number], name, slots), start + len(slots.index)
+            spread = float(np.vdot(root, covariance[start:end, start:end] @ root))
+            self._roots[number].append(root * (np.sqrt(self._shares[number] / spread) if spread > 0 else 0.0))
+            start = end
+        if self._covariance is None:
+            self._covariance = covariance
+        else:
+            self._covariance += covariance
+        place.sums = Moments()
+
+
+def _share_out(union: _Union, members: Sequence[Counterpart]) -> dict[int, ChannelMap]:
     """The maps of the members that have the space."""
+    space, reading = union.space, union.reading()
     sizes = {id(m): m.spaces[space.name].size for m in members if space.name in m.spaces}
-    first, everywhere = id(members[0]), _everywhere(places, sizes)
-    starts = dict(zip(everywhere, np.cumsum([0, *(sizes[number] for number in everywhere)]), strict=False))
-    readings = [_reading(place, everywhere, members, shares) for place in places] if first in starts else []
-    if not readings:
-        own = np.eye(space.size)
-        nothing = {n: ChannelMap(np.zeros((space.size, m)), np.zeros((m, space.size))) for n, m in sizes.items()}
-        return nothing | {first: ChannelMap(own, own)}
-    chosen = _placed(select_channels(readings, space.size), space.size)
-    back = predictions(readings, chosen)
+    first = id(members[0])
+    if reading is None:
+        return {n: _nothing(space.size, m) for n, m in sizes.items()} | {
+            first: ChannelMap.from_permutation(np.arange(space.size))
+        }
+    starts = dict(zip(union.members, np.cumsum([0, *(sizes[number] for number in union.members)]), strict=False))
+    chosen = _placed(select_channels([reading], space.size), space.size)
+    back = predictions([reading], chosen)
     found = {}
     for number, size in sizes.items():
-        forward, backward = np.zeros((space.size, size)), np.zeros((size, space.size))
+        forward, backward = np.zeros((space.size, size), np.int8), np.zeros((size, space.size), np.int8)
         if number in starts:
             start = starts[number]
             for place, channel in enumerate(chosen):
                 if start <= channel < start + size:
                     forward[place, channel - start] = 1
-            backward = back[start : start + size]
+            backward = back[start : start + size].astype(np.float32)
         found[number] = ChannelMap(forward, backward)
     return found
 
 
-def _everywhere(places: Sequence[_Place], sizes: Mapping[int, int]) -> list[int]:
-    """The members that can be looked at in every place, the reference first."""
-    return [number for number in sizes if places and all(number in place.members for place in places)]
+def _nothing(ours: int, theirs: int) -> ChannelMap:
+    return ChannelMap(np.zeros((ours, theirs), np.int8), np.zeros((theirs, ours), np.int8))
 
 
 def _placed(chosen: Sequence[int], count: int) -> list[int]:
@@ -143,57 +215,30 @@ def _placed(chosen: Sequence[int], count: int) -> list[int]:
     return [place if place in stay else next(others) for place in range(count)]
 
 
-def _reading(
-    place: _Place, numbers: Sequence[int], members: Sequence[Counterpart], shares: Mapping[int, float]
-) -> Reading:
-    offsets = dict(zip(place.members, np.cumsum([0, *(len(s.index) for _, s in place.members.values())]), strict=False))
-    wanted = np.concatenate([offsets[n] + np.arange(len(place.members[n][1].index)) for n in numbers])
-    covariance = place.sums.covariance()[np.ix_(wanted, wanted)]
-    by_number = {id(member): member for member in members}
-    roots, start = [], 0
-    for number in numbers:
-        name, slots = place.members[number]
-        size = len(slots.index)
-        root = _root(by_number[number].teacher, name, slots)
-        inner = covariance[start : start + size, start : start + size]
-        spread = float(np.einsum("ir,ij,jr->", root, inner, root, optimize=True))
-        factor = np.sqrt(shares[number] / spread) if spread > 0 else 0.0
-        roots.append(np.pad(root * factor, ((start, len(wanted) - start - size), (0, 0))))
-        start += size
-    return Reading(covariance, np.concatenate(roots, axis=1))
-
-
 def _root(model: oir.Model, name: str, slots: Slots) -> np.ndarray:
     """[channels, r]: L with L L' = sum W W' over the layers that read the value `name`, and over a channel's slots."""
-    size = len(slots.index)
-    importance = np.zeros((size, size))
+    columns = [np.zeros((len(slots.index), 0))]
     for layer in find_layers(model):
         if layer.input.name == name:
-            importance += _importance(layer, slots)
-    values, vectors = np.linalg.eigh(importance)
-    alive = values > 1e-12 * max(float(values[-1]), 1e-30)
-    return vectors[:, alive] * np.sqrt(values[alive])
+            rows = block_diag(*map(_compact, _matrices(layer)))
+            columns += [rows[slot] for slot in slots.index.T]
+    return _compact(np.concatenate(columns, axis=1))
 
 
-def _importance(layer: Layer, slots: Slots) -> np.ndarray:
-    """[channels, channels]: W W' of one layer."""
-    weight, inputs = get_array(layer.weight).astype(np.float64), slots.index
-    if layer.op in ("Conv", "ConvTranspose"):
-        groups = layer.groups
-        if layer.op == "ConvTranspose":  # [in, out / groups, ...]
-            rows = weight.reshape(len(weight), -1)
-            group = np.arange(len(weight)) // (len(weight) // groups)
-            full = np.where(group[:, None] == group, rows @ rows.T, 0.0)
-        else:  # [out, in / groups, ...]
-            inside = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-            blocks = np.einsum("goit,gojt->gij", inside, inside, optimize=True)
-            full = np.zeros((groups * weight.shape[1],) * 2)
-            for number, block in enumerate(blocks):
-                place = slice(number * weight.shape[1], (number + 1) * weight.shape[1])
-                full[place, place] = block
-        return np.sum([full[np.ix_(slot, slot)] for slot in inputs.T], axis=0)
-    matrix = weight.T if layer.op == "Gemm" and layer.transposed else weight
-    return np.sum([matrix[slot] @ matrix[slot].T for slot in inputs.T], axis=0)
+def _matrices(layer: Layer) -> list[np.ndarray]:
+    """For each group of a layer [inputs, outputs * taps]."""
+    weight, groups = get_array(layer.weight).astype(np.float64), layer.groups
+    if layer.op == "ConvTranspose":  # [in, out / groups, ...]
+        return np.split(weight.reshape(len(weight), -1), groups)
+    if layer.op == "Conv":  # [out, in / groups, ...]
+        return [np.moveaxis(own, 1, 0).reshape(own.shape[1], -1) for own in np.split(weight, groups)]
+    return [weight.T if layer.op == "Gemm" and layer.transposed else weight]
+
+
+def _compact(matrix: np.ndarray) -> np.ndarray:
+    """A matrix with the same product with its own transpose, and no more columns than rows."""
+    rows, columns = matrix.shape
+    return matrix if columns <= rows else np.asarray(np.linalg.qr(matrix.T, mode="r")).T
 
 
 def _mapped(

@@ -7,9 +7,11 @@ from typing import TypeVar
 
 from onnxmerge.report.figures import count, megabytes, percent, points, significant, times
 from onnxmerge.report.schema import Candidate, Result, TaskScore
-from onnxmerge.report.summary import original_bytes, task_names
+from onnxmerge.report.summary import best_original, ensemble_accuracy, is_fused, original_bytes, task_names
 
 Figure = TypeVar("Figure", int, float, str)
+QUALITY = ("held-out samples", "ensemble")
+"""Groups of columns that tell quality for all originals together."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Column:
         short: its name in at most two lines of a few characters.
         cells: one text for each candidate; None where it was not measured.
         separate: the same figure of the originals used separately; None where there is no such thing.
+        others: the same figure of each of `Result.originals` and of their ensemble; empty where none has it.
         rank: how soon a narrow table does without it; 0 stays always.
         task: whether `group` is a task's name.
     """
@@ -33,13 +36,31 @@ class Column:
     separate: str | None = None
     rank: int = 0
     task: bool = False
+    others: tuple[str | None, ...] = ()
+
+
+def other_rows(result: Result, shown: list[Column]) -> list[tuple[str, list[str | None]]]:
+    """Name and cells of what has a row beside the candidates: of networks of one task each original, their ensemble.
+
+    Rows without a figure in `shown` are left out.
+    """
+    names = [*result.originals, "ensemble"] if result.originals else []
+    rows = [(name, [c.others[n] if c.others else None for c in shown]) for n, name in enumerate(names)]
+    return [(name, cells) for name, cells in rows if any(cell is not None for cell in cells)]
 
 
 def columns(result: Result) -> list[Column]:
     """All columns with at least one figure, in reading order."""
-    found = [*_stem(result), *_size(result)]
-    for task in task_names(result):
-        found.extend(_task(result, task))
+    if is_fused(result):
+        found = [*_against_ensemble(result), *_size(result)]
+        if _one_sample_set(result):
+            found.extend(_agreement(result, task) for task in task_names(result))
+        else:
+            found.extend(column for task in task_names(result) for column in _task(result, task))
+    else:
+        found = [*_stem(result), *_size(result)]
+        for task in task_names(result):
+            found.extend(_task(result, task))
     found.extend([*_latency(result), *_memory(result), *_calibration(result)])
     return [column for column in found if any(cell is not None for cell in column.cells)]
 
@@ -65,14 +86,66 @@ def _stem(result: Result) -> list[Column]:
     return found
 
 
+def _against_ensemble(result: Result) -> list[Column]:
+    """Quality on all held-out samples, where one task has several originals."""
+    scores = [candidate.ensemble or TaskScore() for candidate in result.candidates]
+    originals = list(result.originals.values())
+    best, ensemble = best_original(result), ensemble_accuracy(result)
+    classifier = any(score.agreement is not None for score in scores)
+
+    def column(
+        group: str, title: str, short: str, of: Callable[[TaskScore], float | None], own: float | None, rank: int
+    ) -> Column:
+        text = {"+/-": points, "err": significant}.get(short, percent)
+
+        def write(figures: list[float | None]) -> list[str | None]:
+            return [None if figure is None else text(figure) for figure in figures]
+
+        others = tuple(write([*map(of, originals), own])) if originals else ()
+        return Column(group, title, short, write([of(score) for score in scores]), rank=rank, others=others)
+
+    def change(score: TaskScore) -> float | None:
+        return None if score.accuracy is None or best is None else score.accuracy - best[1]
+
+    gap = None if ensemble is None or best is None else ensemble - best[1]
+    return [
+        column(QUALITY[0], "accuracy, %", "acc%", lambda s: s.accuracy, ensemble, 1),
+        column(QUALITY[0], "change, points", "+/-", change, gap, 0),
+        column(QUALITY[1], "agreement, %", "ens.\nagr%", lambda s: s.agreement, None, 0),
+        column(QUALITY[1], "relative error", "err", lambda s: s.relative_error, None, 6 if classifier else 0),
+    ]
+
+
+def _one_sample_set(result: Result) -> bool:
+    """Whether every candidate has one accuracy for all originals: they are scored on the same samples."""
+    return all(len({score.accuracy for score in c.tasks.values()}) <= 1 for c in result.candidates)
+
+
+def _agreement(result: Result, task: str) -> Column:
+    cells = _cells(result, lambda c: c.tasks.get(task, TaskScore()).agreement, percent)
+    return Column(task, "agreement, %", "agr%", cells, rank=5, task=True)
+
+
 def _size(result: Result) -> list[Column]:
     total = original_bytes(result)
     parameters = sum(record.parameters for record in result.inputs)
     size = None if total is None else megabytes(total)
     ratios = _cells(result, lambda c: None if total is None else c.bytes / total, times)
+    inputs = {record.task: record for record in result.inputs}
+    own = [inputs.get(task) for task in result.originals]
+    counts = (*(None if record is None else count(record.parameters) for record in own), None) if own else ()
+    sizes = (*(None if record is None else megabytes(record.bytes) for record in own), None) if own else ()
     return [
-        Column("size", "parameters", "params", _cells(result, lambda c: c.parameters, count), count(parameters), 3),
-        Column("size", "MB", "size\nMB", _cells(result, lambda c: c.bytes, megabytes), size, 2),
+        Column(
+            "size",
+            "parameters",
+            "params",
+            _cells(result, lambda c: c.parameters, count),
+            count(parameters),
+            3,
+            others=counts,
+        ),
+        Column("size", "MB", "size\nMB", _cells(result, lambda c: c.bytes, megabytes), size, 2, others=sizes),
         Column("size", "of the originals", "size\nratio", ratios, times(1)),
     ]
 

@@ -10,11 +10,18 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from onnxmerge.report.columns import Column, columns
+from onnxmerge.report.columns import QUALITY, Column, columns, other_rows
 from onnxmerge.report.figures import count, megabytes, one_line, percent, points, significant, times
 from onnxmerge.report.plots import plots
 from onnxmerge.report.schema import Candidate, Result, TaskScore
-from onnxmerge.report.summary import chosen_candidate, headline, original_bytes, task_names
+from onnxmerge.report.summary import (
+    best_original,
+    chosen_candidate,
+    headline,
+    is_fused,
+    original_bytes,
+    task_names,
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -64,7 +71,9 @@ def render_page(result: Result) -> str:
         headline=headline(result),
         chosen=chosen,
         tile_rows=[] if chosen is None else _tile_rows(chosen, result),
-        plots=[(plot.title, plot.caption, Markup(plot.svg)) for plot in plots(result)],
+        plots=[(plot.title, plot.caption, Markup(plot.svg), plot.narrow) for plot in plots(result)],
+        fused=is_fused(result),
+        other_rows=other_rows,
         tables=_candidate_tables(columns(result)),
         recipe=_yaml(result.model_dump(mode="json")["recipe"]),
         hardware={
@@ -79,6 +88,11 @@ def render_page(result: Result) -> str:
 
 
 def _tile_rows(chosen: Candidate, result: Result) -> list[tuple[str, list[Tile]]]:
+    if is_fused(result):
+        return [
+            ("How the chosen candidate fares", _fused_tiles(chosen, result)),
+            ("What the chosen candidate saves", _saving_tiles(chosen, result)),
+        ]
     return [
         ("What the chosen candidate saves", _saving_tiles(chosen, result)),
         ("How the chosen candidate fares in each task", _task_tiles(chosen, result)),
@@ -133,6 +147,26 @@ def _task_tiles(chosen: Candidate, result: Result) -> list[Tile]:
     return tiles
 
 
+def _fused_tiles(chosen: Candidate, result: Result) -> list[Tile]:
+    """How the chosen candidate fares beside the best original and the ensemble."""
+    score, best, tiles = chosen.ensemble or TaskScore(), best_original(result), []
+    if score.accuracy is not None:
+        tiles.append(Tile("Accuracy", f"{percent(score.accuracy)} %"))
+        if best is not None:
+            change = points(score.accuracy - best[1])
+            tiles.append(Tile("Best original", f"{percent(best[1])} %", f"{one_line(best[0])}; change {change} points"))
+        if score.original_accuracy is not None:
+            change = points(score.accuracy - score.original_accuracy)
+            tiles.append(
+                Tile("Ensemble of the originals", f"{percent(score.original_accuracy)} %", f"change {change} points")
+            )
+    if score.agreement is not None:
+        tiles.append(Tile("Agreement with the ensemble", f"{percent(score.agreement)} %", "top-1"))
+    elif score.relative_error is not None:
+        tiles.append(Tile("Relative error", significant(score.relative_error), "to the ensemble"))
+    return tiles
+
+
 def _of(merged: Number, originals: Number | None, text: Callable[[Number], str], unit: str = "") -> str:
     """The merged model's figure as a ratio to the originals'; empty where there is nothing to compare."""
     return f"{times(merged / originals)} of {text(originals)}{unit}" if originals else ""
@@ -141,8 +175,8 @@ def _of(merged: Number, originals: Number | None, text: Callable[[Number], str],
 def _candidate_tables(found: list[Column]) -> list[CandidateTable]:
     """The columns as two tables that fit on a page: how well the tasks are done, and what that costs."""
     k = [column for column in found if column.group == "stem" and column.rank == 0]
-    quality = [column for column in found if column.task]
-    cost = [column for column in found if not column.task]
+    quality = [column for column in found if column.task or column.group in QUALITY]
+    cost = [column for column in found if column not in quality]
     tables = [CandidateTable("Quality on held-out data", [*k, *quality] if quality else [])]
     tables.append(CandidateTable("Size, speed and memory", cost))
     return [table for table in tables if table.columns]

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from onnxmerge.report.figures import one_line, significant
+from onnxmerge.report.fuse_plots import layer_links, quality_of_all
 from onnxmerge.report.heat_map import heat_map
 from onnxmerge.report.labels import label_points
 from onnxmerge.report.schema import Candidate, Result, TaskScore
-from onnxmerge.report.summary import original_bytes, task_names
-from onnxmerge.report.svg import BAND, INK, MUTED, SERIES, Plot, drawing, panels, to_svg
+from onnxmerge.report.summary import is_fused, original_bytes, task_names
+from onnxmerge.report.svg import BAND, INK, MUTED, SERIES, Plot, drawing, narrow_panel, panels, to_svg
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class _Quality:
 
 def plots(result: Result) -> list[Plot]:
     """All plots the result has figures for."""
+    if is_fused(result):
+        drawn = [quality_of_all(result), *layer_links(result), calibration(result)]
+        return [plot for plot in drawn if plot is not None]
     drawn = [quality_by_share(result), trade_off(result), similarity(result), calibration(result), heat_map(result)]
     return [plot for plot in drawn if plot is not None]
 
@@ -120,8 +125,9 @@ def calibration(result: Result) -> Plot | None:
     curves = [candidate for candidate in result.candidates if len(candidate.losses) > 1]
     if not curves:
         return None
+    alone = is_fused(result) and len(curves) == 1
     with drawing():
-        figure, (axis,) = panels(1, 3.2)
+        figure, axis = narrow_panel(2.6) if alone else _whole_panel(3.2)
         losses = [loss for candidate in curves for _, loss in candidate.losses if math.isfinite(loss)]
         if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
             axis.set_yscale("log")
@@ -145,12 +151,20 @@ def calibration(result: Result) -> Plot | None:
         figure.draw_without_rendering()
         ends = [(c, c.losses[-1]) for c in _chosen_first(result) if len(c.losses) > 1]
         marks = [(step, loss, _mark(c, result)) for c, (step, loss) in ends if math.isfinite(loss)]
-        label_points(axis, marks, right=True)
+        if not alone:
+            label_points(axis, marks, right=True)
         svg = to_svg(figure)
     caption = (
         "Distance of merged outputs from the originals' on held-out samples; the thick line is the chosen candidate."
     )
-    return Plot("Calibration", caption, svg)
+    if alone:
+        caption = "Distance of the network's outputs from the originals' on held-out samples; the lowest point is kept."
+    return Plot("Calibration", caption, svg, narrow=alone)
+
+
+def _whole_panel(height: float) -> tuple[Figure, Axes]:
+    figure, (axis,) = panels(1, height)
+    return figure, axis
 
 
 def _qualities(result: Result) -> list[_Quality]:
@@ -228,7 +242,7 @@ def _chosen_first(result: Result) -> list[Candidate]:
 
 def _shares(result: Result) -> bool:
     """Whether k tells the candidates apart."""
-    return len({candidate.share for candidate in result.candidates}) == len(result.candidates)
+    return not is_fused(result) and len({candidate.share for candidate in result.candidates}) == len(result.candidates)
 
 
 def _mark(candidate: Candidate, result: Result) -> str:

@@ -160,6 +160,25 @@ class LayerMap(_Record):
     pairs: list[StepPair]
 
 
+class LayerLink(_Record):
+    """A layer of the fused network and the layer of an original that stands for it."""
+
+    fused: str
+    original: str
+    cka: float | None = None
+    """Linear CKA of the centred pre-activations; None where the map was given, not found."""
+
+
+class LayerLinks(_Record):
+    """Which hidden layers or blocks of an original stand for which of the fused network's."""
+
+    fused: dict[str, int]
+    """The fused network's layers in order, each with its channels."""
+    original: dict[str, int]
+    """The original's."""
+    links: list[LayerLink]
+
+
 class Result(_Record):
     """What a method returns and `report.json` stores."""
 
@@ -179,10 +198,14 @@ class Result(_Record):
     """Sentences a reader must know: what stopped early, what was not shared and why."""
     layer_map: LayerMap | None = None
     """What `align` found; left out of other methods' `report.json`."""
+    originals: dict[str, TaskScore] = Field(default_factory=dict)
+    """Each original against the ensemble of all, in `fuse`; left out of other methods' `report.json`."""
+    layer_maps: dict[str, LayerLinks] = Field(default_factory=dict)
+    """For each original but the reference its layer map, in `fuse`; left out of other methods' `report.json`."""
 
     def to_json(self) -> str:
         """The text of `report.json`."""
-        absent = {"layer_map"} if self.layer_map is None else set()
+        absent = {name for name in ("layer_map", "originals", "layer_maps") if not getattr(self, name)}
         return self.model_dump_json(by_alias=True, indent=2, exclude=absent) + "\n"
 
     def candidate(self, name: str) -> Candidate:

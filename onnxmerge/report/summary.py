@@ -22,6 +22,23 @@ def original_bytes(result: Result) -> int | None:
     return sum(record.bytes for record in result.inputs) or None
 
 
+def is_fused(result: Result) -> bool:
+    """Whether the originals have one task, so that their ensemble is what candidates are compared with."""
+    return result.method == "fuse"
+
+
+def best_original(result: Result) -> tuple[str, float] | None:
+    """The original of the highest accuracy on all held-out samples, and that accuracy; None without labels."""
+    known = {task: score.accuracy for task, score in result.originals.items() if score.accuracy is not None}
+    return max(known.items(), key=lambda item: item[1], default=None)
+
+
+def ensemble_accuracy(result: Result) -> float | None:
+    """The accuracy of the originals' mean prediction; None without labels."""
+    scores = [*result.originals.values(), *(c.ensemble for c in result.candidates if c.ensemble is not None)]
+    return next((score.original_accuracy for score in scores if score.original_accuracy is not None), None)
+
+
 def headline(result: Result) -> str:
     """One sentence: the chosen candidate, its size and speed against the originals, and its worst drop."""
     if result.layer_map is not None:
@@ -29,9 +46,49 @@ def headline(result: Result) -> str:
     chosen = chosen_candidate(result)
     if chosen is None:
         return _nothing_chosen(result)
+    if is_fused(result):
+        return _fused(chosen, result)
     facts = [_size(chosen, original_bytes(result)), _speed(chosen), _worst_drop(chosen)]
     known = [fact for fact in facts if fact is not None]
     return f"{_sharing(chosen, result)}{': ' if known else ''}{'; '.join(known)}."
+
+
+def _fused(chosen: Candidate, result: Result) -> str:
+    facts = [_against_originals(chosen, result), _size(chosen, original_bytes(result)), _speed(chosen)]
+    known = [fact for fact in facts if fact is not None]
+    return f"{one_line(chosen.name)} was chosen, {_why(chosen, result)}{': ' if known else ''}{'; '.join(known)}."
+
+
+def _why(chosen: Candidate, result: Result) -> str:
+    """Why a fuse chose what it did."""
+    if chosen.steps:
+        started = "" if chosen.start is None else f" {one_line(chosen.start)}"
+        return f"the candidate{started} calibrated for {chosen.steps} steps with the originals as teachers"
+    if len(result.candidates) == 1:
+        return "the only candidate"
+    closeness = {c.name: c.ensemble.closeness for c in result.candidates if c.ensemble is not None}
+    nearest = closeness.get(chosen.name) == max(closeness.values(), default=None)
+    bound = "" if nearest else ", of those within the allowed drop,"
+    return f"the candidate that{bound} agrees best with the ensemble of the originals"
+
+
+def _against_originals(chosen: Candidate, result: Result) -> str | None:
+    """The chosen candidate's quality by the best figure there is."""
+    score, best = chosen.ensemble, best_original(result)
+    if score is None:
+        return None
+    if score.accuracy is not None:
+        text = f"accuracy {percent(score.accuracy)} %"
+        if best is not None:
+            text += f", {points(score.accuracy - best[1])} points from the best original ({one_line(best[0])})"
+        if score.original_accuracy is not None:
+            text += f", {points(score.accuracy - score.original_accuracy)} from the ensemble"
+        return text
+    if score.agreement is not None:
+        return f"it agrees with the ensemble on {percent(score.agreement)} % of the held-out samples"
+    return (
+        None if score.relative_error is None else f"relative error to the ensemble {significant(score.relative_error)}"
+    )
 
 
 def _mapped(found: LayerMap, first: str, second: str) -> str:

@@ -72,6 +72,8 @@ class Plot:
     title: str
     caption: str
     svg: str
+    narrow: bool = False
+    """Whether it is drawn for half the page's width, legible on a phone without scrolling."""
 
 
 @contextmanager
@@ -95,6 +97,12 @@ def panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
     for empty in axes[number:]:
         empty.set_axis_off()
     return figure, axes[:number]
+
+
+def narrow_panel(height: float) -> tuple[Figure, Axes]:
+    """A figure for half the page's width, `height` inches high."""
+    figure = Figure(figsize=(4.4, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
+    return figure, figure.subplots()
 
 
 def to_svg(figure: Figure) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onnxmerge.report.columns import Column, columns
+from onnxmerge.report.columns import Column, columns, other_rows
 from onnxmerge.report.figures import one_line, significant
 from onnxmerge.report.schema import Result
 from onnxmerge.report.summary import headline, task_names
@@ -21,6 +21,7 @@ LONGEST_NAME = 24
 EXPLAINED = {
     "acc%": "accuracy",
     "+/-": "change in points",
+    "ens.\nagr%": "top-1 agreement with the ensemble of the originals",
     "agr%": "top-1 agreement",
     "err": "relative error",
     "speed\nup": "vs spin-stopped sessions",
@@ -41,11 +42,13 @@ def result_table(result: Result, width: int = 100) -> Table:
     tasks = task_names(result)
     letters = _letters(tasks)
     names = [one_line(c.name) + (" *" if c.name == result.chosen else "") for c in result.candidates]
-    first = min(LONGEST_NAME, max(map(cell_len, [*names, ORIGINALS])))
-    shown = _fit(columns(result), width - first, letters)
+    found = columns(result)
+    others = [one_line(name) for name, _ in other_rows(result, found)]
+    first = min(LONGEST_NAME, max(map(cell_len, [*names, *others, ORIGINALS])))
+    shown = _fit(found, width - first, letters)
     # The box puts one space between columns, the padding the rest of the gap.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
-    table.title, table.title_justify, table.title_style = _legend(letters), "left", "none"
+    table.title, table.title_justify, table.title_style = _legend(letters, shown), "left", "none"
     table.caption, table.caption_justify, table.caption_style = _key(shown), "left", "dim"
     table.add_column(Text("\nname"), no_wrap=True, max_width=LONGEST_NAME)
     for column in shown:
@@ -54,9 +57,11 @@ def result_table(result: Result, width: int = 100) -> Table:
     if any(column.separate is not None for column in shown):
         separate = [Text(column.separate or UNMEASURED) for column in shown]
         table.add_row(Text(ORIGINALS), *separate, style="dim")
+    for other, cells in other_rows(result, shown):
+        table.add_row(Text(one_line(other)), *(Text(cell or UNMEASURED) for cell in cells), style="dim")
     for row, (candidate, name) in enumerate(zip(result.candidates, names, strict=True)):
-        cells = [Text(column.cells[row] or UNMEASURED) for column in shown]
-        table.add_row(Text(name), *cells, style="bold green" if candidate.name == result.chosen else None)
+        own = [Text(column.cells[row] or UNMEASURED) for column in shown]
+        table.add_row(Text(name), *own, style="bold green" if candidate.name == result.chosen else None)
     return table
 
 
@@ -96,7 +101,9 @@ def _letters(tasks: list[str]) -> dict[str, str]:
     return {task: ascii_uppercase[i] if i < 26 else str(i + 1) for i, task in enumerate(tasks)}
 
 
-def _legend(letters: dict[str, str]) -> Text | None:
+def _legend(letters: dict[str, str], shown: list[Column]) -> Text | None:
+    if any(column.others for column in shown) and not any(column.task for column in shown):
+        return Text("* = chosen")  # the originals have rows of their own, and no column needs a letter
     named = [f"{letter} = {one_line(task)}" if letter else one_line(task) for task, letter in letters.items()]
     entries = [entry.replace(" ", "\N{NO-BREAK SPACE}") for entry in [*named, "* = chosen"]]
     return Text("   ".join(entries)) if named else None

@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.linalg.blas import dgemm
+from scipy.linalg.blas import dgemm, dsyrk
+
+_TILE = 256
+"""Rows of a matrix that are mirrored at a time."""
 
 
 @dataclass
@@ -69,6 +72,44 @@ class PairStatistics:
 def _plus_product(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """total + a' b in float64; in place, since a product of wide layers takes as long to store as to compute."""
     return dgemm(1.0, b.T, a.T, 1.0, total.T, trans_b=True, overwrite_c=True).T
+
+
+@dataclass
+class Moments:
+    """Second moments of one set of channels: `x` [rows, p]."""
+
+    rows: int = 0
+    total: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    product: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    """The lower triangle of X'X."""
+
+    def update(self, x: np.ndarray) -> None:
+        """Add a batch of rows."""
+        x = x.astype(np.float64)  # as for `PairStatistics`
+        if self.rows == 0:
+            self.total, self.product = np.zeros(x.shape[1]), np.zeros((x.shape[1],) * 2, order="F")
+        self.rows += len(x)
+        self.total += x.sum(0)
+        self.product = dsyrk(1.0, x.T, 1.0, self.product, lower=True, overwrite_c=True)
+
+    def into_covariance(self) -> np.ndarray:
+        """[p, p] covariance, in the place of `product`, which is used up."""
+        mean, found = self.total / self.rows, self.product
+        for column, other in enumerate(mean):
+            found[column:, column] /= self.rows
+            found[column:, column] -= other * mean[column:]
+        mirror(found)
+        self.product = np.zeros((0, 0))
+        return found
+
+
+def mirror(matrix: np.ndarray) -> None:
+    """Copy the lower triangle of a square matrix to the upper one, in place."""
+    for start in range(0, len(matrix), _TILE):
+        stop = start + _TILE
+        tile = matrix[start:stop, start:stop]
+        tile[:] = np.tril(tile) + np.tril(tile, -1).T
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
 
 
 @dataclass

@@ -1,0 +1,88 @@
+"""The plots: deterministic, complete, of the best figure there is."""
+
+import math
+import subprocess
+import sys
+import warnings
+from xml.etree import ElementTree
+
+import pytest
+from reports import make_result
+
+from onnxmerge.report.page import render_page
+from onnxmerge.report.plots import calibration, plots, quality_by_share, similarity, trade_off
+from onnxmerge.report.schema import (
+    TaskScore,
+)
+
+
+def test_plots_are_deterministic_to_the_byte() -> None:
+    first = render_page(make_result(["a", "b"]))
+    program = (
+        "import sys; from onnxmerge.report.schema import Result; from onnxmerge.report.page import render_page; "
+        "sys.stdout.reconfigure(encoding='utf-8', newline=''); "
+        "sys.stdout.write(render_page(Result.model_validate_json(sys.stdin.read())))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", program],
+        input=make_result(["a", "b"]).to_json().encode(),
+        capture_output=True,
+        check=True,
+    )
+    assert other.stdout == first.encode()
+
+
+@pytest.mark.parametrize(("number", "tasks"), [(2, 2), (25, 4)])
+def test_every_plot_is_drawn_for_few_and_many_candidates(number: int, tasks: int) -> None:
+    result = make_result([f"task {index}" for index in range(tasks)], number, units=25)
+    drawn = plots(result)
+    assert [plot.title for plot in drawn] == [
+        "Quality against sharing",
+        "Quality against speed and size",
+        "How alike the originals are",
+        "Calibration",
+    ]
+    for plot in drawn[:2]:
+        texts = [element.text for element in ElementTree.fromstring(plot.svg).iter("{http://www.w3.org/2000/svg}text")]
+        assert {f"task {index}" for index in range(tasks)} <= set(texts)
+        assert "- - original 81.3 %" in texts
+        assert "accuracy, %" in texts
+
+
+def test_the_plotted_quality_is_the_best_figure_there_is() -> None:
+    result = make_result(["a"], labels=False)
+    plot = quality_by_share(result)
+    assert plot is not None
+    assert "agreement, %" in plot.svg
+    assert "original" not in plot.svg
+    for candidate in result.candidates:
+        candidate.tasks["a"].agreement = None
+    plot = quality_by_share(result)
+    assert plot is not None
+    assert "relative error" in plot.svg
+
+
+def test_a_plot_without_figures_is_left_out() -> None:
+    result = make_result(["a"])
+    result.similarity = []
+    for candidate in result.candidates:
+        candidate.losses = []
+        candidate.tasks = {"a": TaskScore()}
+    assert [quality_by_share(result), trade_off(result), similarity(result), calibration(result)] == [None] * 4
+
+
+def test_a_diverged_calibration_is_drawn() -> None:
+    result = make_result(["a"], number=2)
+    result.candidates[0].losses = [(0, 0.1), (50, math.inf), (100, math.nan)]
+    result.similarity[0].correlation = math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(plots(result)) == 4
+
+
+def test_plots_leave_the_users_matplotlib_settings_alone() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plots(make_result(["a"], number=2))
+    assert dict(matplotlib.rcParams) == before
