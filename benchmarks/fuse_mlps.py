@@ -111,8 +111,10 @@ def both_ways(
     pairs = [mapped(*pair, places) for pair in loaded]
     try:
         deep = spread([fused(a, b, own, samples, **options) for (a, b), own in zip(loaded, pairs, strict=True)])
-    except ModelError:  # nothing can be added before the first layer
-        deep = "not possible"
+    except ModelError:
+        if places[0] == 0:
+            raise
+        deep = "not possible"  # nothing can be added before the first layer
     flipped = [[Pair(p.second, p.first, p.place[::-1], p.cka, p.cost, p.correlation) for p in own] for own in pairs]
     return deep, spread([fused(b, a, own, samples, **options) for (a, b), own in zip(loaded, flipped, strict=True)])
 
