@@ -58,6 +58,7 @@ class Teacher:
         scales: name of a student's value -> for each of its channels, the factor on the teacher's; absent: 1.
         maps: name of a student's value -> [ours, theirs], the mean of the teacher's channels that each of its channels
             stands for, where that is no order.
+        shifts: name of a student's value -> for each of its channels, what is added to the teacher's.
     """
 
     model: oir.Model
@@ -68,6 +69,7 @@ class Teacher:
     orders: Mapping[str, np.ndarray] = field(default_factory=dict)
     scales: Mapping[str, np.ndarray] = field(default_factory=dict)
     maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    shifts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,8 @@ class Refit(oir.passes.InPlacePass):
                     rows = rows @ teacher.maps[fit.target].T
                 if fit.target in teacher.scales:
                     rows = rows * teacher.scales[fit.target]
+                if fit.target in teacher.shifts:
+                    rows = rows + teacher.shifts[fit.target]
                 found[f"target {number}"] = rows.reshape(count, -1, rows.shape[-1]).astype(target.dtype)
             yield found
             start += count

@@ -145,18 +145,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, pair: tuple[
     assert code == 0
     plan = json.loads(stdout)
     assert [unit["layers"] for unit in plan["units"]] == [["w1"], ["w2"]]
-    assert plan["share"] == [0, 1, 2]
+    assert [candidate["units"] for candidate in plan["candidates"]] == [0, 1, 2]
+    assert plan["candidates"][0]["predicted"] == plan["originals"]
     assert not (tmp_path / "out").exists()
 
 
 def test_an_edited_plan_is_replayed(tmp_path: Path, pair: tuple[Path, Path], samples: Path) -> None:
     _, stdout, _ = onnxmerge("zip", *pair, "--dry-run", "--json")
-    plan = json.loads(stdout) | {"share": [1]}
+    plan = json.loads(stdout)
+    plan["candidates"] = [{"name": "mine", "units": 1}]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     arguments = ("--data", samples, *FAST, "--share", tmp_path / "plan.json", "--json")
     code, stdout, stderr = onnxmerge("zip", *pair, "-o", tmp_path / "out", *arguments)
     assert code == 0, stderr
-    assert [c["name"] for c in json.loads(stdout)["candidates"]] == ["k01"]
+    assert [c["name"] for c in json.loads(stdout)["candidates"]] == ["mine"]
 
 
 def test_a_bound_that_breaks_is_exit_1(tmp_path: Path, pair: tuple[Path, Path], samples: Path) -> None:

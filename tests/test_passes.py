@@ -252,7 +252,9 @@ def test_an_adapter_undoes_order_and_gain(build):
     model, original = net.model(), net.model()
     generator = np.random.default_rng(0)
     order, gain = generator.permutation(6), generator.uniform(0.5, 2, 6).astype(np.float32)
-    InsertAdapter(axis, order, "adapted", gain)(model)
+    matrix = np.zeros((6, 6), np.float32)
+    matrix[order, np.arange(6)] = gain
+    InsertAdapter(axis, matrix, "adapted")(model)
     feeds = feeds_for(original)
     shape = [1] * feeds["x"].ndim
     shape[axis] = 6

@@ -119,7 +119,7 @@ def fuse(
         maps=None if layer_map is None else str(layer_map),
         targets=targets,
         start=start,
-        weights=_weights(weights),
+        weights=options.weight_list(weights),
         max_drop=max_drop,
         steps=steps,
         temperature=temperature,
@@ -149,15 +149,6 @@ def fuse(
     options.show(result, as_json=as_json, report=report)
     if result.chosen is None:
         raise GateFailed(f"no candidate stays within --max-drop {max_drop:g}; see {output / 'report.html'}")
-
-
-def _weights(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--weights {text}: is no list of numbers such as 1,1,0.5") from error
 
 
 def _print_plan(plan: "FusePlan", as_json: bool) -> None:

@@ -71,6 +71,20 @@ def task_models(values: list[str]) -> dict[str, Path]:
     return found
 
 
+def weight_list(text: str | None) -> tuple[float, ...] | None:
+    """The numbers of `--weights`.
+
+    Raises:
+        UsageError: the text is no list of numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--weights {text}: is no list of numbers such as 1,1,0.5") from error
+
+
 def show(result: "Result", *, as_json: bool, report: Path | None) -> None:
     """Print the result on stdout and write it to `report` when asked."""
     from onnxmerge.files import write_text

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,12 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
+from onnxmerge.methods.starts import Start
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from onnxmerge.methods.plan import Predicted
 
 
 class Mode(StrEnum):
@@ -29,6 +35,14 @@ def zip(
         str,
         typer.Option("--share", metavar="auto|K|FRACTION|plan.json", help="How many units to share; auto tries all."),
     ] = "auto",
+    width: Annotated[
+        list[float],
+        typer.Option(
+            "--width",
+            min=0.05,
+            help="Channels of the stem relative to the first network; may be repeated, each makes its own candidates.",
+        ),
+    ] = [1.0],  # noqa: B006
     mode: Annotated[Mode, typer.Option("--mode", help="compute: shared channels are computed once.")] = Mode.COMPUTE,
     max_drop: Annotated[
         float | None,
@@ -38,6 +52,23 @@ def zip(
             help="Largest loss of the worst task: accuracy where labels exist, else agreement, else relative error. "
             "Default 0.01 with --share auto; with an explicit --share it is a bound only when given.",
             show_default=False,
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option("--max-bytes", min=1, help="Largest file of the merged model.", show_default=False)
+    ] = None,
+    min_speedup: Annotated[
+        float | None,
+        typer.Option("--min-speedup", min=0.0, help="Least speed-up against the originals.", show_default=False),
+    ] = None,
+    start: Annotated[
+        list[Start],
+        typer.Option("--start", help="Where stems start from; may be repeated: the best on held-out samples is taken."),
+    ] = [],  # noqa: B006
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", metavar="W,W,...", help="How much each task counts in what is shared.", show_default=False
         ),
     ] = None,
     steps: options.Steps = 300,
@@ -65,14 +96,20 @@ def zip(
 
     names = task_names(models)
     if dry_run:
-        _print_plan(plan_zip(models, share), as_json)
+        _print_plan(plan_zip(models, share, width), as_json)
         return
     if output is None:
         raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
     explicit = share != "auto"
+    budget = max_bytes is not None or min_speedup is not None
     settings = ZipSettings(
         share=share,
-        max_drop=max_drop if explicit or max_drop is not None else ZipSettings.max_drop,
+        widths=tuple(width),
+        max_drop=max_drop if explicit or budget or max_drop is not None else ZipSettings.max_drop,
+        max_bytes=max_bytes,
+        min_speedup=min_speedup,
+        starts=tuple(start) or ZipSettings.starts,
+        weights=options.weight_list(weights),
         steps=steps,
         samples=samples,
         labels=labels,
@@ -91,7 +128,7 @@ def zip(
         raise KeyboardInterrupt(f"interrupted; {stopped.result.notes[-1]} --resume goes on from there") from stopped
     options.show(result, as_json=as_json, report=report)
     if result.chosen is None:
-        raise GateFailed(f"no candidate stays within --max-drop {settings.max_drop:g}; see {output / 'report.html'}")
+        raise GateFailed(f"{result.notes[-1]} See {output / 'report.html'}")
 
 
 def _print_plan(plan: object, as_json: bool) -> None:
@@ -104,18 +141,29 @@ def _print_plan(plan: object, as_json: bool) -> None:
     if as_json:
         print(plan.to_json(), end="")
         return
-    table = Table("k", "unit", "kind", "layers", "parameters", "MACs", "MACs of all tasks with k shared")
-    for k in range(len(plan.units) + 1):
-        unit = plan.units[k - 1] if k else None
-        predicted = plan.predicted_macs.get(k)
-        cells = ["nothing shared", "", "", "", ""]
-        if unit is not None:
-            macs = "" if unit.macs is None else f"{unit.macs:,}"
-            cells = [unit.name, unit.kind, str(len(unit.layers)), f"{unit.parameters:,}", macs]
-        share = "" if predicted is None or not plan.original_macs else f" ({predicted / plan.original_macs:.0%})"
-        table.add_row(str(k), *cells, "" if predicted is None else f"{predicted:,}{share}")
+    table = Table("candidate", "units", "up to", "parameters", "MB", "MACs", "of the originals", "ideal speed-up")
+    originals = plan.originals
+    _add_row(table, "originals", "", "", originals, originals)
+    for candidate in plan.candidates:
+        last = plan.units[candidate.units - 1].name if candidate.units else "nothing shared"
+        _add_row(table, candidate.name, str(candidate.units), last, candidate.predicted, originals)
     console = Console()
     console.print(table)
-    console.print(
-        f"k to try: {', '.join(map(str, plan.share))}. At most {len(plan.units)} can be shared: {plan.limit}."
+    console.print(f"At most {len(plan.units)} units can be shared: {plan.limit}.")
+
+
+def _add_row(
+    table: "Table", name: str, units: str, last: str, size: "Predicted | None", originals: "Predicted"
+) -> None:
+    assert size is not None
+    known = size.macs is not None and originals.macs is not None
+    table.add_row(
+        name,
+        units,
+        last,
+        f"{size.parameters:,}",
+        f"{size.bytes / 1e6:.2f}",
+        f"{size.macs:,}" if size.macs is not None else "",
+        f"{size.macs / originals.macs:.0%}" if known and size.macs and originals.macs else "",
+        f"{originals.macs / size.macs:.2f}x" if known and size.macs and originals.macs else "",
     )

@@ -13,7 +13,7 @@ from onnxmerge.ir.units import find_units
 from onnxmerge.methods.task import Network, Task
 from onnxmerge.runtime.activations import BATCH, Arrays, Samples, Stored, keep, lockstep
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
-from onnxmerge.runtime.statistics import PairStatistics
+from onnxmerge.runtime.statistics import PairStatistics, return_memory
 
 
 def pair_statistics(
@@ -116,7 +116,7 @@ def walk(
     """Run several networks side by side over the same samples; yields the names of values that are done with.
 
     The networks are walked from cut to cut, and what arrives at one is kept on disk: so only the weights between two
-    cuts are loaded at a time.
+    cuts are loaded at a time. What was freed, before and at each cut, goes back to the system.
 
     Args:
         models: of one structure between the cuts that all have.
@@ -130,6 +130,7 @@ def walk(
     at = [[value.name or "" for value in model.graph.inputs] for model in models]
     samples = [list(own) for own in feeds]
     left = list(wanted)
+    return_memory()
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
         for step, cut in enumerate([*cuts, None]):
             ends = [] if cut is None else [own[cut] for own in values]
@@ -150,7 +151,10 @@ def walk(
                 if cut is not None:
                     samples[number] = [Stored({end: kept[str(place)]}) for place, end in enumerate(ends)]
             at = [[end] for end in ends]
+            del pieces, batches
+            return_memory()
             yield inside
+            return_memory()
 
 
 def _common_cuts(models: Sequence[oir.Model], values: Sequence[Mapping[str, str]]) -> list[str]:

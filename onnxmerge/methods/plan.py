@@ -5,17 +5,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from onnxmerge.errors import UsageError
-from onnxmerge.ir.compose import cut_out
-from onnxmerge.ir.layers import Layer, find_layers
+from onnxmerge.errors import ModelError, UsageError
+from onnxmerge.ir.layers import find_layers
 from onnxmerge.methods.alignment import Sharable
+from onnxmerge.methods.structure import Size, merged_structure, size_of, stem_spaces
 from onnxmerge.methods.task import Network
 
 
-class PlannedUnit(BaseModel):
-    """One unit that can be shared. MACs are for one sample and None where a size is unknown."""
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
-    model_config = ConfigDict(extra="forbid")
+
+class PlannedUnit(_Part):
+    """One unit that can be shared. MACs are for one sample and None where a size is unknown."""
 
     name: str
     kind: str
@@ -24,116 +26,154 @@ class PlannedUnit(BaseModel):
     macs: int | None
 
 
-class Plan(BaseModel):
-    """Which stems will be tried."""
+class Predicted(_Part):
+    """What a model will take: numbers, bytes of all arrays, multiply-accumulates for one sample."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    parameters: int
+    bytes: int
+    macs: int | None
 
-    schema_version: int = Field(default=1, alias="schema")
+
+class PlannedCandidate(_Part):
+    """One merged model to make. To edit a plan, change, add or remove candidates; `predicted` may be left out."""
+
+    name: str
+    units: int
+    """How many units, from the inputs on, are shared."""
+    channels: dict[str, int] = Field(default_factory=dict)
+    """By space, how many channels its shared part has, where not as many as the first network."""
+    predicted: Predicted | None = None
+
+
+class Plan(_Part):
+    """Which merged models will be made."""
+
+    schema_version: int = Field(default=2, alias="schema")
     method: str = "zip"
     mode: str = "compute"
     tasks: list[str]
     units: list[PlannedUnit]
     limit: str
     """Why no deeper stem is possible."""
-    share: list[int]
-    """The numbers k of units to try; edit this list and pass the file as `--share`."""
-    predicted_macs: dict[int, int | None]
-    """For each k in `share`, multiply-accumulates of all tasks together for one sample, adapters included."""
-    original_macs: int | None
+    spaces: dict[str, int]
+    """The channel spaces of the deepest stem, and how many channels the first network has in each."""
+    candidates: list[PlannedCandidate]
+    originals: Predicted
+    """All networks together."""
 
     def to_json(self) -> str:
         """The text of plan.json."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
-def make_plan(tasks: Sequence[Network], sharable: Sharable, share: str) -> Plan:
-    """The plan that `share` asks for: "auto", a number k, a fraction of the units, or the path of a plan.
+def make_plan(tasks: Sequence[Network], sharable: Sharable, share: str, widths: Sequence[float] = (1.0,)) -> Plan:
+    """Plan the candidates.
+
+    Args:
+        tasks: the networks, the reference first.
+        sharable: what they have in common.
+        share: `auto`, a number of units, a fraction of them, or the path of a plan.
+        widths: how many channels a stem has, relative to the first network; each makes candidates of its own.
 
     Raises:
         UsageError: `share` is none of these, asks for more than can be shared, or the plan is of other networks.
+        ModelError: a stem cannot get another width.
     """
     layers = {layer.name: layer for layer in find_layers(sharable.reference.model)}
-    units = [
-        PlannedUnit(
-            name=cut.unit.name,
-            kind=cut.unit.kind,
-            layers=list(cut.unit.layers),
-            parameters=sum(layers[name].parameters for name in cut.unit.layers),
-            macs=_total([layers[name] for name in cut.unit.layers]),
+    units = []
+    for cut in sharable.cuts:
+        macs = [layers[name].macs for name in cut.unit.layers]
+        units.append(
+            PlannedUnit(
+                name=cut.unit.name,
+                kind=cut.unit.kind,
+                layers=list(cut.unit.layers),
+                parameters=sum(layers[name].parameters for name in cut.unit.layers),
+                macs=None if any(own is None for own in macs) else sum(own or 0 for own in macs),
+            )
         )
-        for cut in sharable.cuts
-    ]
     plan = Plan(
         tasks=[task.name for task in tasks],
         units=units,
         limit=sharable.limit,
-        share=[],
-        predicted_macs={},
-        original_macs=_sum([_total(find_layers(task.model)) for task in tasks]),
+        spaces={space.name: space.size for space in sharable.spaces},
+        candidates=[],
+        originals=_predicted(size_of([task.model for task in tasks])),
     )
-    plan.share = _chosen(share, plan)
-    plan.predicted_macs = {k: _predict(plan, sharable, k) for k in plan.share}
+    plan.candidates = _replayed(Path(share), plan) if Path(share).suffix == ".json" else []
+    for k in [] if plan.candidates else _numbers(share, plan):
+        for width in widths if k else (1.0,):
+            plan.candidates.append(_candidate(sharable, k, width))
+    for candidate in plan.candidates:
+        candidate.predicted = _predicted(_structure_size(tasks, sharable, candidate))
     return plan
 
 
-def _chosen(share: str, plan: Plan) -> list[int]:
+def _candidate(sharable: Sharable, k: int, width: float) -> PlannedCandidate:
+    name = f"k{k:02d}"
+    if width == 1.0:
+        return PlannedCandidate(name=name, units=k)
+    spaces = stem_spaces(sharable, sharable.cuts[k - 1])
+    channels = {space.name: max(1, round(width * space.size)) for space in spaces}
+    return PlannedCandidate(name=f"{name}-w{width:g}", units=k, channels=channels)
+
+
+def _structure_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate) -> Size:
+    cut = sharable.cuts[candidate.units - 1] if candidate.units else None
+    try:
+        return size_of([merged_structure(sharable, tasks, cut, candidate.channels)])
+    except ModelError as error:
+        raise ModelError(f"{candidate.name}: its stem cannot have these widths: {error}") from error
+
+
+def _predicted(size: Size) -> Predicted:
+    return Predicted(parameters=size.parameters, bytes=size.bytes, macs=size.macs)
+
+
+def _numbers(share: str, plan: Plan) -> list[int]:
     deepest = len(plan.units)
     if share == "auto":
         return list(range(deepest + 1))
-    if Path(share).suffix == ".json":
-        return _replayed(Path(share), plan)
     try:
         number = float(share)
     except ValueError:
         number = -1.0
     whole = share.isdigit()
     k = int(share) if whole else round(number * deepest)
-    if number < 0 or (not whole and number > 1):
+    if not number >= 0 or (not whole and number > 1):
         raise UsageError(f"--share {share}: give auto, a number of units, a fraction from 0.0 to 1.0, or a plan.json")
     if k > deepest:
         raise UsageError(f"--share {share}: these networks can share at most {deepest} units: {plan.limit}")
     return [k]
 
 
-def _replayed(path: Path, plan: Plan) -> list[int]:
+def _replayed(path: Path, plan: Plan) -> list[PlannedCandidate]:
     try:
         edited = Plan.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot read the plan: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is not a plan: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path}: is not a plan: {' '.join(str(error).split())[:300]}") from error
     if [unit.layers for unit in edited.units] != [unit.layers for unit in plan.units]:
         raise UsageError(f"{path}: the plan was made for other networks: its units are not those of {plan.tasks}")
-    wrong = [k for k in edited.share if not 0 <= k <= len(plan.units)]
-    if wrong or not edited.share:
-        raise UsageError(f"{path}: share must list numbers from 0 to {len(plan.units)}, not {edited.share}")
-    return sorted(set(edited.share))
+    if not edited.candidates:
+        raise UsageError(f"{path}: the plan has no candidates")
+    names: set[str] = set()
+    for candidate in edited.candidates:
+        _check(candidate, plan, names, path)
+        names.add(candidate.name)
+    return edited.candidates
 
 
-def _predict(plan: Plan, sharable: Sharable, k: int) -> int | None:
-    """The shared units are computed once instead of once for each task; each task adds an adapter at the cut."""
-    if plan.original_macs is None or any(unit.macs is None for unit in plan.units[:k]):
-        return None
-    tasks = len(plan.tasks)
-    saved = (tasks - 1) * sum(unit.macs or 0 for unit in plan.units[:k])
-    if k == 0:
-        return plan.original_macs
-    cut = sharable.cuts[k - 1]
-    stem = cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
-    shape = stem.graph.outputs[0].shape
-    if shape is None or any(not isinstance(size, int) for size in list(shape)[1:]):
-        return None
-    positions = 1
-    for axis, size in enumerate(shape):
-        if axis not in (0, cut.axis) and isinstance(size, int):
-            positions *= size
-    return plan.original_macs - saved + tasks * positions * cut.size**2
-
-
-def _total(layers: Sequence[Layer]) -> int | None:
-    return _sum([layer.macs for layer in layers])
-
-
-def _sum(numbers: Sequence[int | None]) -> int | None:
-    return None if any(n is None for n in numbers) else sum(n or 0 for n in numbers)
+def _check(candidate: PlannedCandidate, plan: Plan, names: set[str], path: Path) -> None:
+    name, deepest = candidate.name, len(plan.units)
+    if not name.replace("-", "").replace(".", "").replace("_", "").isalnum() or name in names or name == "merged":
+        raise UsageError(f"{path}: {name!r} cannot name a candidate's file, or names two")
+    if not 0 <= candidate.units <= deepest:
+        raise UsageError(f"{path}: {name} shares {candidate.units} units, but there are {deepest}: {plan.limit}")
+    for space, channels in candidate.channels.items():
+        if space not in plan.spaces:
+            raise UsageError(f"{path}: {name} names the channel space {space!r}, which these networks have not")
+        most = plan.spaces[space] * len(plan.tasks)
+        if not 1 <= channels <= most:
+            raise UsageError(f"{path}: {name} shares {channels} channels of {space!r}, which has from 1 to {most}")

@@ -1,7 +1,7 @@
 """zip: networks with different tasks become one multi-task network that computes their first layers once.
 
-For k = 0..L: align the channels, fuse the first k units into one stem, fit each task's tail behind it, calibrate,
-validate. The largest k whose worst task stays within `max_drop` is chosen. Sources: Zippering (Chou et al. 2019) for
+For each candidate of the plan: fuse the first units into one stem, fit each task's tail behind it, calibrate, validate.
+The one that saves most among those that keep the bounds is chosen. Sources: Zippering (Chou et al. 2019) for
 the sequence over k, MTZ (He et al. 2018) for sharing across tasks, PLeaS and RegMean for the least-squares fusion.
 """
 
@@ -18,18 +18,22 @@ from typing import Any
 import onnx_ir as oir
 
 from onnxmerge.calibration.settings import Settings
+from onnxmerge.errors import UsageError
 from onnxmerge.files import claim_folder, whole_file, write_text
-from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
+from onnxmerge.methods.bounds import Bounds, worst_drop
 from onnxmerge.methods.candidates import Interrupted, Shelf
+from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.measure import Bench, Judge
-from onnxmerge.methods.plan import Plan, make_plan
+from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.stem import Fitting, Start, fit_split, fit_tails, fuse_stem
+from onnxmerge.methods.stem import Start, Stems
+from onnxmerge.methods.structure import merged_structure, size_of
+from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
-from onnxmerge.passes.attach_tails import AttachTails, bare_stem
+from onnxmerge.passes.attach_tails import AttachTails
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, TaskScore
 from onnxmerge.report.write import write_report
@@ -41,12 +45,15 @@ class ZipSettings:
 
     Attributes:
         share: "auto" (all k), a number k, a fraction of the units, or the path of an edited plan.
-        max_drop: largest loss of the worst task (see `TaskScore.drop`); None: no bound, the largest k is chosen.
+        widths: how many channels a stem has, relative to the first network; each makes candidates of its own.
+        max_drop, max_bytes, min_speedup: the bounds (see `Bounds`).
         steps: calibration steps of each candidate; 0 leaves the closed form.
         rate: peak learning rate of calibration, as a share of each array's root mean square.
         samples: unlabelled samples of each task for the closed form.
-        starts: stems to try at each k; the one with the better worst task on held-out samples is calibrated.
+        starts: stems to try for each candidate; the one with the better worst task on held-out samples is calibrated.
+            Stems of another width start from the subspace.
         labels: use the labels of the calibration samples.
+        weights: how much each task counts in what is shared; None: all alike.
         seed: of everything drawn at random.
         threads: for onnxruntime and torch; None leaves the choice to them.
         providers: where latency is measured.
@@ -54,16 +61,32 @@ class ZipSettings:
     """
 
     share: str = "auto"
+    widths: tuple[float, ...] = (1.0,)
     max_drop: float | None = 0.01
+    max_bytes: int | None = None
+    min_speedup: float | None = None
     steps: int = 300
     rate: float = 1e-2
     samples: int = 2000
-    starts: tuple[Start, ...] = (Start.LEAST_SQUARES, Start.KEEP)
+    starts: tuple[Start, ...] = (Start.SUBSPACE, Start.LEAST_SQUARES, Start.KEEP)
     labels: bool = False
+    weights: tuple[float, ...] | None = None
     seed: int = 0
     threads: int | None = None
     providers: tuple[str, ...] = ("cpu",)
     measure: bool = True
+
+    def check(self, tasks: int) -> None:
+        """Whether the settings fit each other and so many tasks.
+
+        Raises:
+            UsageError: the weights are not one for each task, or a width is not above 0.
+        """
+        weights = self.weights or (1.0,) * tasks
+        if len(weights) != tasks or any(not 0 < weight < float("inf") for weight in weights):
+            raise UsageError(f"--weights: give a number above 0 for each of the {tasks} tasks")
+        if any(not 0 < width <= tasks for width in self.widths):
+            raise UsageError(f"--width: give a number above 0 and at most {tasks}, the number of tasks")
 
 
 def zip_models(
@@ -96,13 +119,14 @@ def zip_models(
         KeyboardInterrupt: after the candidates finished so far have been reported.
     """
     settings = settings or ZipSettings()
+    settings.check(len(models))
     progress = progress or Silent()
     progress.stage("load")
     networks = load_networks(models)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
     sharable = find_sharable(tasks)
-    plan = make_plan(tasks, sharable, settings.share)
+    plan = make_plan(tasks, sharable, settings.share, settings.widths)
     folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = _recipe(tasks, settings, plan)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
@@ -121,10 +145,10 @@ def zip_models(
     return result
 
 
-def plan_zip(models: Sequence[str | os.PathLike[str]], share: str = "auto") -> Plan:
+def plan_zip(models: Sequence[str | os.PathLike[str]], share: str = "auto", widths: Sequence[float] = (1.0,)) -> Plan:
     """What `zip_models` would share, before any weight is touched; needs no data."""
     networks = load_networks(models)
-    return make_plan(networks, find_sharable(networks), share)
+    return make_plan(networks, find_sharable(networks), share, widths)
 
 
 def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[str, Any]:
@@ -132,7 +156,7 @@ def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[st
     return {
         "method": "zip",
         "mode": plan.mode,
-        "share": plan.share,
+        "candidates": [candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates],
         "models": {task.name: sha256(task.path) for task in tasks},
         "data": {task.name: task.data.source for task in tasks},
         "settings": {name: value for name, value in asdict(settings).items() if name != "share"},
@@ -155,33 +179,37 @@ class _Run:
     ):
         self.tasks, self.sharable, self.plan, self.settings = tasks, sharable, plan, settings
         self.shelf, self.recipe, self.progress = shelf, json.loads(json.dumps(recipe)), progress
-        self.fitting = Fitting(settings.samples, settings.seed, settings.threads, temporary, progress)
+        self.fitting = Fitting(settings.samples, settings.seed, settings.threads, temporary, progress, settings.weights)
         self.judge = Judge(tasks, temporary, settings.threads)
         self.bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
         self.aligned: dict[str, Aligned] = {}
-        self.stems: dict[Start, oir.Model] = {}
+        self.stems = Stems(sharable, self.aligned, tasks, self.fitting)
         self.candidates: list[Candidate] = []
+        self.bounds = Bounds(settings.max_drop, settings.max_bytes, settings.min_speedup, plan.originals.macs)
         self.notes = [f"At most {len(plan.units)} units can be shared: {plan.limit}."]
 
     def make_candidates(self) -> bool:
         """Make every candidate of the plan; whether an interrupt stopped it."""
         try:
-            for k in self.plan.share:
-                name = f"k{k:02d}"
-                candidate = self.shelf.get(name) or self._make(name, k)
-                self.candidates.append(candidate)
+            for planned in self.plan.candidates:
+                too_big = self.bounds.why_not(planned)
+                if too_big:
+                    self.notes.append(f"{planned.name} was not made: {too_big}.")
+                else:
+                    self.candidates.append(self.shelf.get(planned.name) or self._make(planned))
         except KeyboardInterrupt:
             finished = ", ".join(c.name for c in self.candidates) or "none"
             self.notes.append(f"Interrupted: these candidates were finished and are kept: {finished}.")
             return True
         return False
 
-    def _make(self, name: str, k: int) -> Candidate:
+    def _make(self, planned: PlannedCandidate) -> Candidate:
+        name, k = planned.name, planned.units
         begun = time.perf_counter()
         if k > 0:
             self._align()
         self.progress.stage(f"{name}: fit", None)
-        start, merged, scores = self._closed_form(k)
+        start, merged, scores = self._closed_form(planned)
         losses: list[tuple[int, float]] = []
         if self.settings.steps and k > 0:
             losses = self._calibrate(name, merged)
@@ -195,6 +223,7 @@ class _Run:
             path=str(path),
             parameters=parameter_count(merged),
             bytes=stored_bytes(path),
+            macs=size_of([merged]).macs,
             tasks=scores,
             steps=self.settings.steps if losses else 0,
             seconds=time.perf_counter() - begun,
@@ -223,23 +252,19 @@ class _Run:
                 )
                 self.progress.advance(task.name)
 
-    def _closed_form(self, k: int) -> tuple[Start | None, oir.Model, dict[str, TaskScore]]:
+    def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model, dict[str, TaskScore]]:
         """The best of the settings' starts by its worst task on held-out samples."""
-        if k == 0:
-            merged = AttachTails({task.name: task.model for task in self.tasks})(bare_stem(self.tasks[0].model)).model
+        if not planned.units:
+            merged = merged_structure(self.sharable, self.tasks, None, {})
             return None, merged, self.judge.score(merged)
-        cut = self.sharable.cuts[k - 1]
+        cut = self.sharable.cuts[planned.units - 1]
         tried = []
-        for start in self.settings.starts:
-            if start not in self.stems:
-                self.stems[start] = fuse_stem(self.sharable, self.aligned, self.tasks, start, self.fitting)
-            stem = cut_out(self.stems[start], self.tasks[0].inputs, [cut.unit.cut])
-            if start == Start.LEAST_SQUARES:
-                fit_split(self.sharable, self.aligned, self.tasks, stem, cut, self.fitting)
-            tails = fit_tails(self.sharable, self.aligned, self.tasks, stem, cut, start, self.fitting)
-            merged = AttachTails(tails)(stem).model
+        for start in (Start.SUBSPACE,) if planned.channels else self.settings.starts:
+            stem = self.stems.up_to(cut, start, planned.channels)
+            tails = fit_tails(self.sharable, self.tasks, stem, cut, self.fitting)
+            merged = AttachTails(tails)(stem.model).model
             tried.append((start, merged, self.judge.score(merged)))
-        return min(tried, key=lambda candidate: _worst(candidate[2]))
+        return min(tried, key=lambda candidate: worst_drop(candidate[2]))
 
     def _calibrate(self, name: str, merged: oir.Model) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""
@@ -263,10 +288,10 @@ class _Run:
             self.notes.append(f"The latency of {candidate.name} was measured on a busy machine and is not reliable.")
 
     def result(self, interrupted: bool) -> Result:
-        """What was made, and which of it is chosen: the largest k whose worst task stays within `max_drop`."""
-        bound = self.settings.max_drop
-        within = [c for c in self.candidates if bound is None or _worst(c.tasks) <= bound]
-        chosen = max(within, key=lambda c: c.share, default=None)
+        """What was made, and which of it is chosen."""
+        chosen = self.bounds.choose(self.candidates)
+        if chosen is None:
+            self.notes.append(self.bounds.closest(self.candidates))
         return Result(
             method="zip",
             versions=library_versions(),
@@ -279,11 +304,6 @@ class _Run:
             units=[unit.name for unit in self.plan.units],
             notes=self.notes,
         )
-
-
-def _worst(scores: Mapping[str, TaskScore]) -> float:
-    """The largest drop of any task."""
-    return max((score.drop for score in scores.values() if score.drop is not None), default=0.0)
 
 
 def _mean_similarity(records: Sequence[Sequence[LayerSimilarity]]) -> list[LayerSimilarity]:

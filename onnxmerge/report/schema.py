@@ -77,6 +77,8 @@ class Candidate(_Record):
     path: str | None
     parameters: int
     bytes: int
+    macs: int | None = None
+    """Multiply-accumulates of all tasks together for one sample."""
     tasks: dict[str, TaskScore]
     ensemble: TaskScore | None = None
     """How it fares against the originals' mean prediction, where they have one task."""
@@ -179,6 +181,25 @@ class LayerLinks(_Record):
     links: list[LayerLink]
 
 
+class TaskPictures(_Record):
+    """What one task makes of a sample, as PNG files: the original and the chosen candidate's file, in one scale."""
+
+    task: str
+    original: bytes
+    merged: bytes
+    relative_error: float | None
+    """|merged - original| / |original| over this image; None where the original is zero."""
+
+
+class Pictures(_Record):
+    """A held-out sample of networks that make images."""
+
+    title: str
+    sample: bytes | None
+    """The input as a PNG file; None where it is no image."""
+    tasks: list[TaskPictures]
+
+
 class Result(_Record):
     """What a method returns and `report.json` stores."""
 
@@ -202,6 +223,8 @@ class Result(_Record):
     """Each original against the ensemble of all, in `fuse`; left out of other methods' `report.json`."""
     layer_maps: dict[str, LayerLinks] = Field(default_factory=dict)
     """For each original but the reference its layer map, in `fuse`; left out of other methods' `report.json`."""
+    pictures: list[Pictures] = Field(default_factory=list, exclude=True)
+    """The chosen candidate's images for `report.html`; never in `report.json`."""
 
     def to_json(self) -> str:
         """The text of `report.json`."""

@@ -1,0 +1,73 @@
+"""What a candidate will look like: the merged graph with weights that are nobody's, before anything is fitted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as oir
+
+from onnxmerge.ir.compose import cut_out
+from onnxmerge.ir.labels import dims
+from onnxmerge.ir.layers import find_layers, parameter_count
+from onnxmerge.ir.space import Space
+from onnxmerge.ir.spaces import find_spaces
+from onnxmerge.methods.alignment import Cut, Sharable
+from onnxmerge.methods.tails import own_tail
+from onnxmerge.methods.task import Network
+from onnxmerge.passes.attach_tails import AttachTails, bare_stem
+from onnxmerge.passes.insert_adapter import InsertAdapter
+from onnxmerge.passes.set_widths import SetWidths
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model takes. MACs are for one sample, None where a size is unknown."""
+
+    parameters: int
+    bytes: int
+    """Of its arrays, each counted once."""
+    macs: int | None
+
+
+def size_of(models: Sequence[oir.Model]) -> Size:
+    """That of several models together."""
+    layers = [layer.macs for model in models for layer in find_layers(model)]
+    arrays = [value.const_value for model in models for value in model.graph.initializers.values()]
+    return Size(
+        sum(parameter_count(model) for model in models),
+        sum(array.nbytes for array in arrays if array is not None),
+        None if any(macs is None for macs in layers) else sum(macs or 0 for macs in layers),
+    )
+
+
+def stem_spaces(sharable: Sharable, cut: Cut) -> list[Space]:
+    """The channel spaces of the stem up to `cut`, in the reference; whole blocks keep their place."""
+    stem = cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
+    return [space for space in find_spaces(stem, frozenset([cut.unit.cut])).permutable() if not space.blocks]
+
+
+def stem_of(sharable: Sharable, cut: Cut, channels: Mapping[str, int]) -> oir.Model:
+    """The reference's stem with other numbers of channels in some spaces, whose weights are nobody's.
+
+    Raises:
+        ModelError: a space cannot get another width.
+    """
+    stem = cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
+    return SetWidths(channels, cut.axis)(stem).model
+
+
+def merged_structure(
+    sharable: Sharable, tasks: Sequence[Network], cut: Cut | None, channels: Mapping[str, int]
+) -> oir.Model:
+    """A stem up to `cut`, or none, and every task's tail behind an adapter."""
+    if cut is None:
+        return AttachTails({task.name: task.model for task in tasks})(bare_stem(tasks[0].model)).model
+    stem = stem_of(sharable, cut, channels)
+    arriving = dims(stem.graph.outputs[0])[cut.axis] or 0
+    tails = {}
+    for task in tasks:
+        tail = own_tail(task, cut).clone()
+        own = dims(tail.graph.inputs[0])[cut.axis] or 0
+        InsertAdapter(cut.axis, np.zeros((own, arriving), np.float32), "adapted")(tail)
+        tails[task.name] = tail
+    return AttachTails(tails)(stem).model

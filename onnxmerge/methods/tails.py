@@ -1,0 +1,74 @@
+"""What follows a stem: for each task an adapter and its own layers, refitted behind it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as oir
+
+from onnxmerge.ir.compose import cut_out, rename_value
+from onnxmerge.ir.units import find_units
+from onnxmerge.methods.alignment import Cut, Sharable
+from onnxmerge.methods.fitting import Fitting, least_squares
+from onnxmerge.methods.task import Task
+from onnxmerge.passes.insert_adapter import InsertAdapter
+from onnxmerge.passes.refit import Refit, Teacher
+from onnxmerge.runtime.activations import Renamed, store
+
+_ARRIVING = "stem"
+"""Name of a tail's input."""
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What is computed once, up to a cut, and how the tasks begin to read it."""
+
+    model: oir.Model
+    adapters: Mapping[str, np.ndarray | None]
+    """By task [own channels, arriving channels], or None where the stem is the task's own and its tail stays."""
+
+
+def fit_tails(
+    sharable: Sharable, tasks: Sequence[Task], stem: Stem, cut: Cut, fitting: Fitting
+) -> dict[str, oir.Model]:
+    """For each task what follows the cut: a 1x1 adapter and the task's own layers, all refitted behind this stem."""
+    return {
+        task.name: own_tail(task, cut)
+        if stem.adapters[task.name] is None
+        else _fit_tail(sharable, task, stem, cut, fitting)
+        for task in tasks
+    }
+
+
+def own_tail(task: Task, cut: Cut) -> oir.Model:
+    """The task's own layers behind the cut, as they are."""
+    return cut_out(task.model, [cut.names[task.name]], task.outputs)
+
+
+def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fitting) -> oir.Model:
+    theirs = cut.names[task.name]
+    teacher = own_tail(task, cut)
+    tail = teacher.clone()
+    rename_value(tail, theirs, _ARRIVING)
+    matrix = stem.adapters[task.name]
+    assert matrix is not None
+    InsertAdapter(cut.axis, matrix, theirs)(tail)
+    split = task.data.calibration.take(fitting.samples, fitting.seed)
+    folder = fitting.folder / f"cut-{task.name}"
+    student = task.feeds(split, sharable.reference)
+    arriving = store(stem.model, student, [cut.unit.cut], folder / "student", threads=fitting.threads)
+    wanted = store(task.model, task.feeds(split, task), [theirs], folder / "teacher", threads=fitting.threads)
+    cuts = [unit.cut for unit in find_units(task.model)]
+    computed = [v.name or "" for v in teacher.graph.inputs] + [
+        o.name or "" for node in teacher.graph for o in node.outputs
+    ]
+    values = {name: name for name in computed} | {_ARRIVING: theirs}
+    Refit(
+        {task.name: Teacher(teacher, wanted, Renamed(arriving, {cut.unit.cut: _ARRIVING}), len(split), values)},
+        cuts[cuts.index(theirs) + 1 :] if theirs in cuts else [],
+        least_squares(1),
+        seed=fitting.seed,
+        threads=fitting.threads,
+        progress=fitting.progress.advance,
+    )(tail)
+    return tail
