@@ -8,6 +8,7 @@ process of its own. Peaks are resident memory above what the process had after i
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -174,10 +175,14 @@ def _weights(task: Task) -> list[np.ndarray]:
     return [value.const_value.numpy() for value in task.model.graph.initializers.values() if value.const_value]
 
 
-def measure_width(width: int, threads: int | None) -> dict[str, float]:
+Seconds = dict[str, tuple[float, float]]
+"""By what was done: wall-clock and processor seconds."""
+
+
+def measure_width(width: int, threads: int | None) -> Seconds:
     """Match two perceptrons, the second also cut to half its channels, and refit the first towards both."""
     tasks = tasks_of([perceptron(width, seed) for seed in (1, 2)], noise(width))
-    seconds: dict[str, float] = {}
+    seconds: Seconds = {}
     with _timed(seconds, "statistics"):
         found = pair_statistics(
             tasks[0],
@@ -204,18 +209,19 @@ def measure_width(width: int, threads: int | None) -> dict[str, float]:
         stages.watch(fusing, "select", "select")
         stages.watch_method(Refit, "call", "refit")
         fusing.fuse_networks(tasks[0], tasks[1:], [aligned.pairs], [1.0, 1.0], options, Silent())
-    return seconds | {name: cost.seconds for name, cost in stages.costs.items()}
+    return seconds | {name: (cost.seconds, cost.processor) for name, cost in stages.costs.items()}
 
 
 class _timed:
-    def __init__(self, seconds: dict[str, float], name: str):
+    def __init__(self, seconds: Seconds, name: str):
         self._seconds, self._name = seconds, name
 
     def __enter__(self) -> None:
-        self._begun = time.perf_counter()
+        self._begun = time.perf_counter(), time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = time.perf_counter() - self._begun
+        begun, processor = self._begun
+        self._seconds[self._name] = time.perf_counter() - begun, time.process_time() - processor
 
 
 def measure_fuse(count: int, samples: int, threads: int | None) -> dict[str, float]:
@@ -231,9 +237,11 @@ def measure_fuse(count: int, samples: int, threads: int | None) -> dict[str, flo
 
 
 def measured(*call: object) -> dict:
-    """What a measurement prints in a process of its own."""
-    command = [sys.executable, __file__, "--measure", *map(str, call)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    """What a measurement prints in a process of its own; its last number is that of threads, 0 for all cores."""
+    command, threads = [sys.executable, __file__, "--measure", *map(str, call)], str(call[-1])
+    limits = {} if threads == "0" else {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | limits)
+    return json.loads(process.stdout)
 
 
 # --- tables and plot --------------------------------------------------------------------------------------------------
@@ -260,31 +268,33 @@ def report_widths(threads: int | None) -> dict[str, list[tuple[float, float]]]:
     rows = []
     for width in WIDTHS:
         found = measured("width", width, threads or 0)
-        rows.append([width, *(f"{seconds:.2f}" for seconds in found.values())])
-        for name, seconds in found.items():
-            curves.setdefault(name, []).append((width, seconds))
-    print(f"Two perceptrons of that width, {ROWS} samples, seconds:\n")
+        rows.append([width, *(f"{wall:.2f} / {processor:.2f}" for wall, processor in found.values())])
+        for name, (_, processor) in found.items():
+            curves.setdefault(name, []).append((width, processor))
+        print(rows[-1], file=sys.stderr)
+    print(f"Two perceptrons of that width, {ROWS} samples, seconds / CPU seconds:\n")
     print(markdown.table(["width", *curves], rows) + "\n")
     return curves
 
 
 def report_samples(threads: int | None) -> list[tuple[float, float]]:
     found = [(count, measured("fuse", 2, count, threads or 0)) for count in SAMPLES]
-    rows = [[count, f"{cost['seconds']:.1f}", f"{cost['peak']:.0f}"] for count, cost in found]
+    rows = [[count, *_cells(cost)] for count, cost in found]
     print("Two ResNet-8s:\n")
-    print(markdown.table(["samples", "seconds", "peak (MB)"], rows) + "\n")
-    return [(count, cost["seconds"]) for count, cost in found]
+    print(markdown.table(["samples", "seconds", "CPU seconds", "peak (MB)"], rows) + "\n")
+    return [(count, cost["processor"]) for count, cost in found]
 
 
 def report_models(threads: int | None) -> list[tuple[float, float]]:
     found = [(count, measured("fuse", count, 2000, threads or 0)) for count in NETWORKS]
-    rows = [
-        [count, f"{cost['seconds']:.1f}", f"{cost['seconds'] / count:.1f}", f"{cost['peak']:.0f}"]
-        for count, cost in found
-    ]
+    rows = [[count, *_cells(cost), f"{cost['processor'] / count:.1f}"] for count, cost in found]
     print("K ResNet-8s, 2000 samples:\n")
-    print(markdown.table(["K", "seconds", "seconds / K", "peak (MB)"], rows) + "\n")
-    return [(count, cost["seconds"]) for count, cost in found]
+    print(markdown.table(["K", "seconds", "CPU seconds", "peak (MB)", "CPU seconds / K"], rows) + "\n")
+    return [(count, cost["processor"]) for count, cost in found]
+
+
+def _cells(cost: dict[str, float]) -> list[str]:
+    return [f"{cost['seconds']:.1f}", f"{cost['processor']:.1f}", f"{cost['peak']:.0f}"]
 
 
 def draw(
@@ -296,7 +306,7 @@ def draw(
     left, middle, right = figure.subplots(1, 3)
     for name, points in widths.items():
         left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    left.set(xscale="log", yscale="log", xlabel="width", ylabel="seconds", title="two perceptrons")
+    left.set(xscale="log", yscale="log", xlabel="width", ylabel="CPU seconds", title="two perceptrons")
     left.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
     left.minorticks_off()
     left.legend(frameon=False, fontsize=7)

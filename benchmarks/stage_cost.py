@@ -4,7 +4,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,7 +87,7 @@ class Stages:
 
 
 def array_bytes(value: object) -> int:
-    """Bytes of the matrices in sequences, mappings and dataclasses of statistics; shared memory counts once."""
+    """Bytes of the matrices in sequences, mappings and objects that hold statistics; shared memory counts once."""
     found: dict[int, int] = {}
     _collect(value, found)
     return sum(found.values())
@@ -105,8 +105,8 @@ def _collect(value: object, found: dict[int, int]) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _collect(item, found)
-    elif is_dataclass(value) and type(value).__module__.endswith(("statistics", "selecting", "stage_cost")):
-        _collect([getattr(value, field.name) for field in fields(value)], found)
+    elif type(value).__module__.endswith(("statistics", "selecting", "stage_cost")) and hasattr(value, "__dict__"):
+        _collect(vars(value), found)
 
 
 def _megabytes(entry: str) -> float:

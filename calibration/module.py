@@ -86,6 +86,16 @@ class GraphModule(torch.nn.Module):
                 values.pop(name, None)
         return {name: values[name] for name in names}
 
+    def value_bytes(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> int:
+        """Bytes of all values computed on the way to `outputs`: what a step with gradients keeps."""
+        program, total = self._program(tuple(outputs)), 0
+        values = {name: getattr(self, attribute) for name, attribute in self._attribute_of.items()} | dict(inputs)
+        for step in program.steps:
+            results = _run(step, [values[name] if name else None for name in step.inputs])
+            values.update(zip(step.outputs, results, strict=False))
+            total += sum(result.nbytes for result in results)
+        return total
+
     def feeds(self, outputs: Sequence[str] | None = None) -> tuple[str, ...]:
         """The graph inputs that `outputs` depend on."""
         return self._program(self.outputs if outputs is None else tuple(outputs)).feeds

@@ -13,6 +13,7 @@ from onnxmerge.calibration.module import GraphModule, channels_last
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.data import Batch
 from onnxmerge.errors import ModelError, UsageError
+from onnxmerge.ir.outputs import is_class_shape, may_name_classes
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,20 @@ class FeatureTap:
 
 @dataclass(frozen=True)
 class Pair:
-    """A value of the merged model and its target among the teacher's values."""
+    """A value of the merged model and its target among the teacher's values; `classes`: it may hold logits."""
 
     student: str
     teacher: str
     channels: Tensor | None = None
+    classes: bool = False
 
 
 class Objective:
     """The loss of one task, with the weights that `Settings` give its parts.
 
-    KL and cross-entropy are for classifiers (output [N, classes]); the logit error is for anything. A Softmax that ends
-    both networks is left out: losses see logits. Nothing of the teacher is run that no weight asks for.
+    KL and cross-entropy are for classifiers (`onnxmerge.ir.outputs`: output [N, classes] or [N, classes, 1, 1]); for
+    images, boxes and other numbers the logit error, which is for anything, stands alone. A Softmax that ends both
+    networks is left out: losses see logits. Nothing of the teacher is run that no weight asks for.
 
     Attributes:
         task: the task's name.
@@ -104,9 +107,7 @@ class Objective:
 
     def scale(self, targets: Sequence[Sequence[Tensor]]) -> None:
         """Divide logit errors from now on by the variance of these teacher's outputs, one list for each batch."""
-        self._variances = [
-            float(torch.cat([batch.flatten() for batch in z_t]).var(correction=0)) for z_t in zip(*targets, strict=True)
-        ]
+        self._variances = [_variance(outputs) for outputs in zip(*targets, strict=True)]
 
     def targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's outputs for `batch`, then its feature maps in the merged model's channel order."""
@@ -129,8 +130,9 @@ class Objective:
             self._check_shapes(pair, z, z_t)
             if weights.logit_weight:
                 total = total + weights.logit_weight * losses.logit_error(z, z_t, variance)
-            if weights.kl_weight and _is_classifier(z):
-                total = total + weights.kl_weight * losses.kl(z, z_t, weights.temperature)
+            if weights.kl_weight and pair.classes and is_class_shape(z.shape):
+                divergence = losses.kl(z.flatten(1), z_t.flatten(1), weights.temperature)
+                total = total + weights.kl_weight * divergence
         if self._labelled is not None:
             total = total + weights.label_weight * self._label_loss(values[self._labelled].float(), batch.labels)
         elif not weights.logit_weight:
@@ -171,24 +173,25 @@ class Objective:
             )
 
     def _check_that_kl_applies(self, values: Mapping[str, Tensor]) -> None:
-        outputs = [values[pair.student] for pair in self._outputs]
-        if not any(_is_classifier(z) for z in outputs):
+        shapes = [values[pair.student].shape for pair in self._outputs]
+        classes = [pair.classes for pair in self._outputs]
+        if not any(may and is_class_shape(shape) for may, shape in zip(classes, shapes, strict=True)):
             raise UsageError(
-                f"task {self.task!r} is no classifier (output {list(outputs[0].shape)}), and the KL divergence is for "
+                f"task {self.task!r} is no classifier (output {list(shapes[0])}), and the KL divergence is for "
                 "classifiers only; give the logit error a weight"
             )
 
     def _label_loss(self, z: Tensor, labels: np.ndarray | None) -> Tensor:
         if labels is None:
             raise UsageError(f"the data of task {self.task!r} has no labels; calibrate without labels")
-        if not _is_classifier(z):
+        if not is_class_shape(z.shape):
             raise UsageError(f"task {self.task!r} is no classifier (output {list(z.shape)}); calibrate without labels")
         if labels.max() >= z.shape[1]:
             raise UsageError(
                 f"the data of task {self.task!r} have the label {labels.max()}, but the classes of its output are "
                 f"0 to {z.shape[1] - 1}"
             )
-        return losses.cross_entropy(z, torch.tensor(labels))
+        return losses.cross_entropy(z.flatten(1), torch.tensor(labels))
 
 
 def _tapped(tap: FeatureTap) -> Pair:
@@ -199,7 +202,8 @@ def _tapped(tap: FeatureTap) -> Pair:
 def _logits(merged: onnx_ir.Model, teacher: onnx_ir.Model, student: str, target: str) -> Pair:
     """The pair of outputs, or of what goes into the Softmax where both end in one."""
     before = _softmax_input(merged, student), _softmax_input(teacher, target)
-    return Pair(before[0], before[1]) if before[0] and before[1] else Pair(student, target)
+    names = (before[0], before[1]) if before[0] and before[1] else (student, target)
+    return Pair(*names, classes=may_name_classes(teacher, target))
 
 
 def _softmax_input(model: onnx_ir.Model, output: str) -> str | None:
@@ -214,8 +218,11 @@ def _is_float(model: onnx_ir.Model, output: str) -> bool:
     return dtype is None or dtype.is_floating_point()
 
 
-def _is_classifier(z: Tensor) -> bool:
-    return z.dim() == 2 and z.shape[1] > 1
+def _variance(batches: Sequence[Tensor]) -> float:
+    """The variance of all numbers of `batches`, one after the other: images are too large to be joined."""
+    count = sum(batch.numel() for batch in batches)
+    mean = sum(float(batch.sum(dtype=torch.float64)) for batch in batches) / count
+    return sum(float((batch.double() - mean).square().sum()) for batch in batches) / count
 
 
 def _input(batch: Batch, name: str, task: str) -> Tensor:

@@ -47,6 +47,8 @@ def _adds_bias(node: onnx_ir.Node, slot: int) -> bool:
     """Whether the Add's other operand is a layer without bias, and this one varies along its channel axis only."""
     bias, other = node.inputs[slot], node.inputs[1 - slot]
     layer = other.producer() if other is not None else None
+    if layer is not None and layer.op_type == "Split" and layer.inputs[0] is not None:  # stacked streams
+        layer = layer.inputs[0].producer()
     if bias is None or bias.const_value is None or layer is None or layer.op_type not in _TAKES_ADDED_BIAS:
         return False
     if not any(operand is not None and operand.is_initializer() for operand in layer.inputs):

@@ -43,6 +43,12 @@ class Stream:
         samples = min(samples, *(len(split) for split in distinct.values()))
         return self._spread(splits, {key: split.take(samples, seed).batches(size) for key, split in distinct.items()})
 
+    def bytes_of_one(self, merged: GraphModule, splits: Mapping[str, Split]) -> int:
+        """What the values for one sample of each task take (see `GraphModule.value_bytes`)."""
+        batches = next(self.subset(splits, 1, 1, 0))
+        feed = {name: x for o in self.objectives for name, x in o.feed(batches[o.task]).items()}
+        return merged.value_bytes(feed, [name for o in self.objectives for name in o.outputs + o.taps])
+
     def _distinct(self, splits: Mapping[str, Split]) -> dict[int, Split]:
         return {id(splits[o.task]): splits[o.task] for o in self.objectives}
 

@@ -21,6 +21,10 @@ Progress = Callable[[int, int, float | None], None]
 """Called with (steps done, steps in all, held-out loss if it was just measured)."""
 
 
+MEMORY = 2_000_000_000
+"""Bytes that the values of all tasks together may take in a step; gradients and teachers take about as much again."""
+
+
 @dataclass
 class Outcome:
     """What calibration did.
@@ -107,10 +111,11 @@ def _train(
     bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
     outcome, best = Outcome(), BestWeights(parameters)
     evaluations = {round(i * settings.steps / settings.evaluations) for i in range(1, settings.evaluations + 1)}
+    batch = _fitting(student, streams, held_out, settings)
     try:
-        judge = Judge(student, streams, held_out, settings.batch, settings.seed)
+        judge = Judge(student, streams, held_out, batch, settings.seed)
         outcome.losses.append((0, best.offer(0, judge.loss())))
-        sources = [stream.shuffled(data, settings.batch, settings.seed) for stream in streams]
+        sources = [stream.shuffled(data, batch, settings.seed) for stream in streams]
         optimiser, schedule = _optimiser(parameters, settings)
         for step in range(1, settings.steps + 1):
             finite = _step(student, streams, sources, optimiser, bfloat16)
@@ -128,6 +133,18 @@ def _train(
     best.restore()
     outcome.best_step = best.step
     return outcome
+
+
+def _fitting(
+    student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Settings
+) -> int:
+    """The batch size of `settings`, halved until the values of a step fit into `MEMORY`."""
+    with torch.no_grad():
+        one = sum(stream.bytes_of_one(student, held_out) for stream in streams)
+    size = settings.batch
+    while size > 1 and size * one > MEMORY:
+        size //= 2
+    return size
 
 
 def _optimiser(

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
-    from onnxmerge.methods.zip import ZipSettings, plan_zip, zip_models
+    from onnxmerge.methods.zip import plan_zip, zip_models
+    from onnxmerge.methods.zip_settings import ZipSettings
 
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "FuseSettings": "onnxmerge.methods.fuse_settings",
-    "ZipSettings": "onnxmerge.methods.zip",
+    "ZipSettings": "onnxmerge.methods.zip_settings",
     "align_models": "onnxmerge.methods.align",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse",

@@ -4,7 +4,7 @@ The stem's nodes and weights get the prefix `shared/`, those of a tail its task'
 `TASK/output`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as oir
 
@@ -17,13 +17,16 @@ class AttachTails(oir.passes.FunctionalPass):
     """Attach tails to the model it is called on, the stem.
 
     Args:
-        tails: by task; the inputs of each are, in order, the stem's outputs.
+        tails: by task.
+        reads: by task, for each input of its tail the output or input of the stem that it reads; where a task is
+            missing, its inputs are the stem's outputs in order.
     """
 
     preserves = "exact"
 
-    def __init__(self, tails: Mapping[str, oir.Model]):
+    def __init__(self, tails: Mapping[str, oir.Model], reads: Mapping[str, Sequence[str]] | None = None):
         self.tails = tails
+        self.reads = reads or {}
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """Compose a new model; stem and tails stay as they are."""
@@ -32,11 +35,13 @@ class AttachTails(oir.passes.FunctionalPass):
         merged = oir.Graph(inputs, [], nodes=[], opset_imports=dict(stem.opset_imports), name="onnxmerge")
         bind = dict(zip([v.name or "" for v in stem.inputs], inputs, strict=True))
         order = [v.name or "" for v in stem.outputs]
-        cut = splice(merged, stem, bind, SHARED)
+        cut = bind | splice(merged, stem, bind, SHARED)
         for task, tail in self.tails.items():
             piece = tail.clone().graph
             names = [v.name or "" for v in piece.outputs]
-            arriving = {v.name or "": cut[name] for v, name in zip(piece.inputs, order, strict=True)}
+            arriving = {
+                v.name or "": cut[name] for v, name in zip(piece.inputs, self.reads.get(task, order), strict=True)
+            }
             outputs = splice(merged, piece, arriving, f"{task}/")
             for name in names:
                 value = outputs[name]

@@ -33,7 +33,7 @@ from onnxmerge.runtime.patches import (
     weight_array,
     weight_matrix,
 )
-from onnxmerge.runtime.statistics import Regression
+from onnxmerge.runtime.statistics import Regression, return_memory
 
 Solve = Callable[[Layer, Sequence[Regression], np.ndarray], np.ndarray]
 """(layer, statistics of each teacher, current weights [groups, fan in + 1, outputs]) -> new weights.
@@ -117,6 +117,7 @@ class Refit(oir.passes.InPlacePass):
         cuts: cuts of the student in order, where the walk rests; may be empty. It passes over those that a teacher has
             not.
         solve: the rule.
+        beside: by cut, values of the student that pass it too.
         compensate: let a residual branch make up for its skip.
         seed: of the sampled positions.
         threads: for onnxruntime.
@@ -131,6 +132,7 @@ class Refit(oir.passes.InPlacePass):
         cuts: Sequence[str],
         solve: Solve,
         *,
+        beside: Mapping[str, Sequence[str]] | None = None,
         compensate: bool = True,
         seed: int = 0,
         threads: int | None = None,
@@ -139,6 +141,7 @@ class Refit(oir.passes.InPlacePass):
         self.teachers = teachers
         self.cuts = cuts
         self.solve = solve
+        self.beside = beside or {}
         self.compensate = compensate
         self.seed = seed
         self.threads = threads
@@ -152,7 +155,7 @@ class Refit(oir.passes.InPlacePass):
             cuts = [cut for cut in self.cuts if all(cut in teacher.values for teacher in walked.values())]
             before: Path | None = None
             for step, cut in enumerate([*cuts, None]):
-                ends = [cut] if cut is not None else [v.name or "" for v in model.graph.outputs]
+                ends = self._passing(cut) if cut is not None else [v.name or "" for v in model.graph.outputs]
                 if not set(ends) - set(at):
                     continue
                 piece, room = cut_out(model, at, ends), Path(folder) / str(step)
@@ -164,6 +167,9 @@ class Refit(oir.passes.InPlacePass):
                     shutil.rmtree(before)
                 before = room
         return oir.passes.PassResult(model, modified=True)
+
+    def _passing(self, cut: str) -> list[str]:
+        return [cut, *self.beside.get(cut, ())]
 
     def _refit_piece(
         self, piece: oir.Model, teachers: Mapping[str, Teacher], cut: str | None, room: Path
@@ -178,7 +184,9 @@ class Refit(oir.passes.InPlacePass):
             for number, (task, teacher) in enumerate(teachers.items())
         }
         for wave in waves:
+            return_memory()  # what was freed between waves would count in the peak of the next
             self._refit_wave(piece, wave, teachers, seen)
+        return_memory()
         return seen
 
     def _advanced(
@@ -193,7 +201,7 @@ class Refit(oir.passes.InPlacePass):
         advanced = {}
         for number, tasks in enumerate(_sharing(teachers)):
             samples = teachers[tasks[0]].student_samples
-            arriving = store(piece, samples, [cut], room / f"student{number}", threads=self.threads)
+            arriving = store(piece, samples, self._passing(cut), room / f"student{number}", threads=self.threads)
             for task in tasks:
                 teacher, own = teachers[task], seen[task].cut
                 assert own is not None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.linalg.blas import dgemm
 
 _TINY = 1e-9
 """A residual variance below this share of the variance is rounding."""
@@ -24,6 +25,8 @@ _ROUNDS = 64
 """Wide spaces are chosen in so many rounds of several channels each."""
 _POOL = 4
 """In a round, exact greedy steps among so many times the channels that it chooses."""
+_COLUMNS = 256
+"""Columns of L that are multiplied at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,11 @@ def select_channels(readings: Sequence[Reading], count: int) -> list[int]:
 
 def predictions(readings: Sequence[Reading], chosen: Sequence[int]) -> np.ndarray:
     """[n, chosen]: every channel as a linear combination of the chosen ones, by the mean of the correlations."""
-    total = np.zeros((len(chosen), len(readings[0].covariance)))
+    total = np.zeros((len(chosen), len(readings[0].covariance)), order="F")
     for reading in readings:
-        total += reading.covariance[chosen] / max(float(np.trace(reading.covariance)), 1e-30)
+        rows = reading.covariance[chosen]
+        rows /= max(float(np.trace(reading.covariance)), 1e-30)
+        total += rows
     inner = total[:, chosen]
     ridge = 1e-6 * max(float(np.trace(inner)) / len(inner), 1e-30)
     np.einsum("cc->c", inner)[:] += ridge
@@ -80,12 +85,11 @@ class _State:
 
     def __init__(self, reading: Reading, count: int):
         self._full = reading.covariance
-        self._diagonal = np.diag(reading.covariance).copy()
-        self._least = _TINY * self._diagonal + 1e-30
-        self._left = self._diagonal.copy()
-        self._room = np.empty((len(self._full), count), order="F")
+        self._left = np.diag(reading.covariance).copy()
+        self._least = _TINY * self._left + 1e-30
+        self._room = np.empty((len(self._full), count))
         self._taken = 0
-        self._seen = reading.covariance @ reading.root
+        self._seen = _product(reading.covariance, reading.root)
         """K_res L"""
 
     @property
@@ -95,53 +99,94 @@ class _State:
 
     def scores(self) -> np.ndarray:
         """[n] what each channel would explain."""
-        return _score(self._seen, self._left, self._least)
+        return _score(np.einsum("cr,cr->c", self._seen, self._seen), self._left, self._least)
 
-    def part(self, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """K_res and K_res L of the pool's channels, and the least variance of each."""
+    def part(self, pool: np.ndarray) -> "_Part":
+        """What is open among the channels of a pool."""
         inner = self._full[np.ix_(pool, pool)] - self._factor[pool] @ self._factor[pool].T
-        return inner, self._seen[pool], self._least[pool]
+        seen = self._seen[pool]
+        return _Part(inner, seen @ seen.T, self._least[pool])
 
     def take(self, channels: Sequence[int]) -> None:
         """Take what `channels` explain out of the residual."""
-        residual = self._full[channels].T - self._factor @ self._factor[channels].T
-        columns: list[np.ndarray] = []
-        kept: list[int] = []
-        for channel, column in zip(channels, residual.T, strict=True):
-            for other in columns:
-                column = column - other * other[channel]
-            if column[channel] > self._least[channel]:
-                columns.append(column / np.sqrt(column[channel]))
-                kept.append(channel)
-        if not columns:
+        residual = (self._full[channels] - self._factor[channels] @ self._factor.T).T
+        kept, triangle = _cholesky(residual[channels], self._least[channels])
+        if not kept:
             return
-        block = np.stack(columns, axis=1)
-        # K_res L of the block by its own channels: (K_res L)[kept] = G_b[kept] G_b' L, and G_b[kept] is triangular
-        self._seen -= block @ solve_triangular(block[kept], self._seen[kept], lower=True)
-        self._left = np.maximum(self._left - (block**2).sum(1), 0)
-        self._room[:, self._taken : self._taken + len(columns)] = block
-        self._taken += len(columns)
+        block = solve_triangular(triangle, residual[:, kept].T, lower=True).T
+        # K_res L of the block by its own channels: (K_res L)[kept] = G_b[kept] G_b' L, and G_b[kept] is the triangle
+        seen = solve_triangular(triangle, self._seen[[channels[place] for place in kept]], lower=True)
+        self._seen = dgemm(-1.0, seen.T, block.T, 1.0, self._seen.T, overwrite_c=True).T
+        self._left = np.maximum(self._left - np.einsum("cb,cb->c", block, block), 0)
+        self._room[:, self._taken : self._taken + len(kept)] = block
+        self._taken += len(kept)
 
 
-def _greedy(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], count: int) -> list[int]:
-    """Exact greedy steps within a pool: places in it."""
-    residuals = [(inner.copy(), seen.copy(), least) for inner, seen, least in parts]
+@dataclass
+class _Part:
+    """What is open among some channels at one place."""
+
+    inner: np.ndarray
+    """K_res"""
+    seen: np.ndarray
+    """K_res M K_res"""
+    least: np.ndarray
+
+    def scores(self) -> np.ndarray:
+        """What each channel would explain."""
+        return _score(np.diag(self.seen), np.diag(self.inner), self.least)
+
+    def take(self, channel: int) -> None:
+        """Take what one channel explains out of the residual."""
+        if self.inner[channel, channel] <= self.least[channel]:
+            return
+        share = self.inner[:, channel] / self.inner[channel, channel]
+        self.inner -= np.outer(share, self.inner[channel])
+        self.seen -= np.outer(share, self.seen[channel])
+        self.seen -= np.outer(self.seen[:, channel], share)
+
+
+def _greedy(parts: Sequence[_Part], count: int) -> list[int]:
+    """Exact greedy steps within a pool: places in it. The parts are used up."""
     chosen: list[int] = []
-    for _ in range(min(count, len(parts[0][0]))):
-        score = np.sum([_score(seen, np.diag(inner), least) for inner, seen, least in residuals], axis=0)
+    for _ in range(min(count, len(parts[0].inner))):
+        score = np.sum([part.scores() for part in parts], axis=0)
         score[chosen] = -1
         best = int(score.argmax())
         if score[best] <= 0:  # the pool has no more to say; what lies outside it may have
             break
         chosen.append(best)
-        for inner, seen, least in residuals:
-            if inner[best, best] > least[best]:
-                share = inner[:, best] / inner[best, best]
-                seen -= np.outer(share, seen[best])
-                inner -= np.outer(share, inner[best])
+        for part in parts:
+            part.take(best)
     return chosen
 
 
 def _score(seen: np.ndarray, left: np.ndarray, least: np.ndarray) -> np.ndarray:
     alive = left > least
-    return np.where(alive, np.einsum("cr,cr->c", seen, seen) / np.where(alive, left, 1.0), 0.0)
+    return np.where(alive, np.maximum(seen, 0) / np.where(alive, left, 1.0), 0.0)
+
+
+def _cholesky(matrix: np.ndarray, least: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Which rows those before leave more than `least` of, and C, lower triangular: matrix[kept, kept] = C C'."""
+    factor = np.zeros_like(matrix)
+    kept: list[int] = []
+    for row in range(len(matrix)):
+        column = matrix[:, row] - factor[:, : len(kept)] @ factor[row, : len(kept)]
+        if column[row] > least[row]:
+            factor[:, len(kept)] = column / np.sqrt(column[row])
+            kept.append(row)
+    return kept, factor[kept, : len(kept)]
+
+
+def _product(covariance: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """K L, passing over rows of L that are zero: those of one network where columns are the weights of another."""
+    found = np.empty((len(covariance), root.shape[1]))
+    for start in range(0, root.shape[1], _COLUMNS):
+        columns = root[:, start : start + _COLUMNS]
+        rows = np.flatnonzero(columns.any(axis=1))
+        if len(rows):
+            span = slice(rows[0], rows[-1] + 1)
+            found[:, start : start + _COLUMNS] = covariance[:, span] @ columns[span].astype(covariance.dtype)
+        else:
+            found[:, start : start + _COLUMNS] = 0
+    return found

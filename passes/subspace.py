@@ -125,6 +125,27 @@ def choose_channels(sights: Sequence[Sight], width: int) -> Subspace:
     return Subspace(mix, np.zeros(width, np.float32))
 
 
+def choose_private(subspace: Subspace, sights: Sequence[Sight], own: slice, count: int) -> Subspace:
+    """The shared channels and `count` of one network's own, those that say most about what the shared ones leave open.
+
+    Args:
+        subspace: the shared channels.
+        sights: at least one.
+        own: where the network's channels lie in the union.
+        count: at most as many as the network has.
+    """
+    readings = []
+    for sight in sights:
+        made, wanted = _with_ones(_made(subspace, sight)), sight.read()[:, own]
+        readings.append(Reading(_covariance(wanted - made @ _best(made, wanted)), sight.root[own].astype(np.float64)))
+    rows = np.zeros((count, subspace.mix.shape[1]), subspace.mix.dtype)
+    chosen = sorted(select_channels(readings, count))
+    rows[np.arange(len(chosen)), own.start + np.asarray(chosen, np.int64)] = 1
+    return Subspace(
+        np.concatenate([subspace.mix, rows]), np.concatenate([subspace.shift, np.zeros(count, subspace.shift.dtype)])
+    )
+
+
 def decoder(subspace: Subspace, sights: Sequence[Sight]) -> np.ndarray:
     """V' [n, shared]: every channel that is read, predicted from the shared ones over all places."""
     gram, cross = 0.0, 0.0
@@ -154,7 +175,7 @@ def _leading(sights: Sequence[Sight], width: int) -> Subspace:
     root = vectors * np.sqrt(np.maximum(values, 0))
     _, axes = np.linalg.eigh(root.T @ covariance @ root)
     mix = (root @ axes[:, ::-1][:, :width]).T
-    spread = np.sqrt(np.einsum("sn,nm,sm->s", mix, covariance, mix))
+    spread = np.sqrt(np.maximum(np.einsum("sn,nm,sm->s", mix, covariance, mix), 0))
     mix = mix / np.where(spread > 1e-12, spread, 1.0)[:, None]
     padded = np.zeros((width, len(covariance)), np.float32)
     padded[: len(mix)] = mix

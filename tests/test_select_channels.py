@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxmerge.passes.select_channels import Reading, predictions, select_channels
+from onnxmerge.passes.select_channels import Reading, _greedy, _State, predictions, select_channels
 
 
 def reading(generator: np.random.Generator, channels: int, rank: int | None = None, columns: int = 3) -> Reading:
@@ -108,6 +108,56 @@ def test_a_round_whose_pool_is_all_one_channel_takes_it_once():
     root = np.tile(np.diag(np.linspace(2, 1, count)), (copies, 1))
     chosen = select_channels([Reading(covariance, root)], count)
     assert sorted(channel % count for channel in chosen) == list(range(count))
+
+
+def residual(own: Reading, chosen: Sequence[int]) -> np.ndarray:
+    """K_res, from the definition."""
+    k, s = own.covariance, list(chosen)
+    return k - k[:, s] @ np.linalg.solve(k[np.ix_(s, s)], k[s])
+
+
+ROUNDS = [[3, 17], [8], [0, 21, 30, 5], [39, 12, 11]]
+
+
+@pytest.mark.parametrize("rounds", range(1, len(ROUNDS) + 1))
+def test_a_later_round_sees_what_the_earlier_ones_left(rounds):
+    own = reading(np.random.default_rng(5), 40, columns=7)
+    state = _State(own, 12)
+    for channels in ROUNDS[:rounds]:
+        state.take(channels)
+    taken = [channel for channels in ROUNDS[:rounds] for channel in channels]
+    left_open = residual(own, taken)
+    seen = left_open @ own.root @ own.root.T @ left_open
+    pool = np.array([channel for channel in (33, 2, 8, 26, 3, 14) if channel not in taken])
+    part = state.part(pool)
+    np.testing.assert_allclose(part.inner, left_open[np.ix_(pool, pool)], atol=1e-9 * np.abs(own.covariance).max())
+    np.testing.assert_allclose(part.seen, seen[np.ix_(pool, pool)], atol=1e-9 * np.abs(seen).max())
+    scores = np.divide(np.diag(seen), np.diag(left_open), out=np.zeros(40), where=~np.isin(np.arange(40), taken))
+    np.testing.assert_allclose(state.scores(), scores, atol=1e-9 * scores.max())
+    np.testing.assert_allclose(part.scores(), scores[pool], atol=1e-9 * scores.max())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_later_round_takes_single_steps_within_its_pool(seed):
+    generator = np.random.default_rng(seed)
+    readings = [reading(generator, 40, rank=25, columns=5) for _ in range(2)]
+    states, taken = [_State(own, 20) for own in readings], [31, 4, 19]
+    for state in states:
+        state.take(taken)
+    pool = np.array([channel for channel in range(40) if channel % 3 and channel not in taken])
+    wanted: list[int] = []
+    for _ in range(9):
+        best = min(set(pool.tolist()) - set(wanted), key=lambda channel: left(readings, [*taken, *wanted, channel]))
+        wanted.append(best)
+    assert [int(pool[place]) for place in _greedy([state.part(pool) for state in states], 9)] == wanted
+
+
+def test_channels_that_follow_from_others_of_their_round_are_left_out():
+    own = reading(np.random.default_rng(6), 12, rank=5, columns=4)
+    state = _State(own, 12)
+    state.take(list(range(8)))  # the last three say nothing new
+    np.testing.assert_allclose(state.scores(), 0, atol=1e-9)
+    assert left([own], range(5)) == pytest.approx(0, abs=1e-6 * left([own], []))
 
 
 def single_steps(readings: Sequence[Reading], count: int) -> list[int]:

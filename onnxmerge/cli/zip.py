@@ -1,6 +1,5 @@
 """onnxmerge zip: networks of different tasks into one."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,18 +9,12 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
-from onnxmerge.methods.starts import Start
+from onnxmerge.methods.zip_choices import Mode, Pairing, Rule, Start
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from onnxmerge.methods.plan import Predicted
-
-
-class Mode(StrEnum):
-    """What sharing means."""
-
-    COMPUTE = "compute"
 
 
 @reports_errors
@@ -40,10 +33,16 @@ def zip(
         typer.Option(
             "--width",
             min=0.05,
-            help="Channels of the stem relative to the first network; may be repeated, each makes its own candidates.",
+            help="Channels that a task reads of the stem, relative to the first network; may be repeated.",
         ),
     ] = [1.0],  # noqa: B006
-    mode: Annotated[Mode, typer.Option("--mode", help="compute: shared channels are computed once.")] = Mode.COMPUTE,
+    sharing: Annotated[
+        list[float],
+        typer.Option("--sharing", help="Share of these channels that is computed once for all; may be repeated."),
+    ] = [1.0],  # noqa: B006
+    mode: Annotated[
+        Mode, typer.Option("--mode", help="Compute shared channels once, or hold shared weights once.")
+    ] = Mode.COMPUTE,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -65,6 +64,15 @@ def zip(
         list[Start],
         typer.Option("--start", help="Where stems start from; may be repeated: the best on held-out samples is taken."),
     ] = [],  # noqa: B006
+    rule: Annotated[
+        Rule, typer.Option("--rule", help="How shared weights are made, in weights mode.")
+    ] = Rule.LEAST_SQUARES,
+    pairing: Annotated[
+        Pairing, typer.Option("--pairing", help="How neurons are paired, in weights mode.")
+    ] = Pairing.ASSIGNMENT,
+    retrain: Annotated[
+        int, typer.Option("--retrain", min=0, help="Steps after each shared layer, in weights mode.")
+    ] = 0,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -92,11 +100,12 @@ def zip(
     from onnxmerge.data import parse_data_option
     from onnxmerge.methods.candidates import Interrupted
     from onnxmerge.methods.task import task_names
-    from onnxmerge.methods.zip import ZipSettings, plan_zip, zip_models
+    from onnxmerge.methods.zip import plan_zip, zip_models
+    from onnxmerge.methods.zip_settings import ZipSettings
 
     names = task_names(models)
     if dry_run:
-        _print_plan(plan_zip(models, share, width), as_json)
+        _print_plan(plan_zip(models, share, width, sharing, mode), as_json)
         return
     if output is None:
         raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
@@ -105,9 +114,14 @@ def zip(
     settings = ZipSettings(
         share=share,
         widths=tuple(width),
+        sharing=tuple(sharing),
         max_drop=max_drop if explicit or budget or max_drop is not None else ZipSettings.max_drop,
         max_bytes=max_bytes,
         min_speedup=min_speedup,
+        mode=mode,
+        rule=rule,
+        pairing=pairing,
+        retrain=retrain,
         starts=tuple(start) or ZipSettings.starts,
         weights=options.weight_list(weights),
         steps=steps,

@@ -63,6 +63,23 @@ def splice(target: oir.Graph, piece: oir.Graph, bind: Mapping[str, oir.Value], p
     return outputs
 
 
+def chain(first: oir.Model, second: oir.Model, prefix: str) -> oir.Model:
+    """`second`, which has one input, behind `first`, which has one output; `first`'s names get the prefix.
+
+    The inputs keep their names.
+    """
+    whole, rest = first.clone(), second.clone()
+    names = [value.name for value in whole.graph.inputs]
+    prefix_names(whole.graph, prefix)
+    for value, name in zip(whole.graph.inputs, names, strict=True):
+        value.name = name
+    (through,) = whole.graph.outputs
+    whole.graph.outputs.clear()
+    found = splice(whole.graph, rest.graph, {rest.graph.inputs[0].name or "": through}, "")
+    whole.graph.outputs.extend(found.values())
+    return whole
+
+
 def prefix_names(graph: oir.Graph, prefix: str) -> None:
     """Put `prefix` before the name of every node, value and initializer, those of sub-graphs included, in place."""
     values: dict[oir.Value, None] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as oir
 
-from onnxmerge.ir.layers import find_layers
+from onnxmerge.ir.layers import Layer, find_layers
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def find_units(model: oir.Model) -> list[Unit]:
     """The units of a normalised model in order; what follows the last cut is the head and belongs to no unit."""
     layers = find_layers(model)
     narrow = _narrow_values(model)
-    ends = {layer.pre_activation.name for layer in layers} | _sums(model)
+    ends = {_linear_end(layer).name for layer in layers} | _sums(model)
     layer_of = {node.name: layer.name for layer in layers for node in [layer.node]}
     units: list[Unit] = []
     inside: list[str] = []
@@ -42,6 +42,12 @@ def find_units(model: oir.Model) -> list[Unit]:
             units.append(Unit(_common_name(inside), kind, ended, tuple(inside)))
             inside = []
     return units
+
+
+def _linear_end(layer: Layer) -> oir.Value:
+    """Where a layer's linear part ends: behind a batch norm, but before a norm that measures each sample."""
+    measured = layer.norm is not None and layer.norm.op_type != "BatchNormalization"
+    return layer.linear if measured else layer.pre_activation
 
 
 def _narrow_values(model: oir.Model) -> set[str]:

@@ -15,6 +15,7 @@ from onnxmerge.ir.save import save
 from onnxmerge.ir.stored import is_external
 from onnxmerge.methods.pack import claim_file
 from onnxmerge.passes.merge_identical_nodes import MergeIdenticalNodes
+from onnxmerge.passes.take_stream import TakeStream
 from onnxmerge.report.provenance import library_versions, sha256
 
 _TEXTS = ("doc_string", "graph_doc_string")
@@ -53,6 +54,7 @@ def extract_task(
     if not own:
         tasks = dict.fromkeys(name.split("/")[0] for v in graph.outputs if "/" in (name := v.name or ""))
         raise UsageError(f"{merged}: {_unknown(task, list(tasks))}")
+    TakeStream(task)(model)
     graph.outputs.clear()
     graph.outputs.extend(own)
     remove_unneeded(model)

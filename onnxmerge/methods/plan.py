@@ -1,5 +1,6 @@
 """The plan of a zip: what will be shared, before any weight is touched. It can be printed, edited and replayed."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.methods.alignment import Sharable
-from onnxmerge.methods.structure import Size, merged_structure, size_of, stem_spaces
+from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of, stem_spaces
 from onnxmerge.methods.task import Network
+from onnxmerge.methods.weights_plan import predicted_bytes
+from onnxmerge.methods.zip_choices import Mode
 
 
 class _Part(BaseModel):
@@ -42,7 +45,14 @@ class PlannedCandidate(_Part):
     """How many units, from the inputs on, are shared."""
     channels: dict[str, int] = Field(default_factory=dict)
     """By space, how many channels its shared part has, where not as many as the first network."""
+    private: dict[str, int] = Field(default_factory=dict)
+    """By space, how many more channels each task computes for itself, from the shared ones and its own."""
     predicted: Predicted | None = None
+
+    @property
+    def widths(self) -> Widths:
+        """What `channels` and `private` say."""
+        return Widths(self.channels, self.private)
 
 
 class Plan(_Part):
@@ -66,14 +76,23 @@ class Plan(_Part):
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
-def make_plan(tasks: Sequence[Network], sharable: Sharable, share: str, widths: Sequence[float] = (1.0,)) -> Plan:
+def make_plan(
+    tasks: Sequence[Network],
+    sharable: Sharable,
+    share: str,
+    widths: Sequence[float] = (1.0,),
+    sharing: Sequence[float] = (1.0,),
+    mode: Mode = Mode.COMPUTE,
+) -> Plan:
     """Plan the candidates.
 
     Args:
         tasks: the networks, the reference first.
         sharable: what they have in common.
         share: `auto`, a number of units, a fraction of them, or the path of a plan.
-        widths: how many channels a stem has, relative to the first network; each makes candidates of its own.
+        widths: how many channels a task reads of a stem, relative to the first network; each makes candidates.
+        sharing: which share of these is computed once for all tasks, the rest for each; each makes candidates.
+        mode: what sharing means.
 
     Raises:
         UsageError: `share` is none of these, asks for more than can be shared, or the plan is of other networks.
@@ -93,6 +112,7 @@ def make_plan(tasks: Sequence[Network], sharable: Sharable, share: str, widths: 
             )
         )
     plan = Plan(
+        mode=mode.value,
         tasks=[task.name for task in tasks],
         units=units,
         limit=sharable.limit,
@@ -102,26 +122,37 @@ def make_plan(tasks: Sequence[Network], sharable: Sharable, share: str, widths: 
     )
     plan.candidates = _replayed(Path(share), plan) if Path(share).suffix == ".json" else []
     for k in [] if plan.candidates else _numbers(share, plan):
-        for width in widths if k else (1.0,):
-            plan.candidates.append(_candidate(sharable, k, width))
+        for width, shared in itertools.product(widths, sharing) if k else [(1.0, 1.0)]:
+            plan.candidates.append(_candidate(sharable, k, width, shared))
     for candidate in plan.candidates:
-        candidate.predicted = _predicted(_structure_size(tasks, sharable, candidate))
+        if mode is Mode.WEIGHTS:
+            candidate.private = {}  # what is not shared is a task's own
+            size = predicted_bytes(tasks, sharable, candidate.channels or candidate.units)
+            saved = plan.originals.bytes - size
+            candidate.predicted = plan.originals.model_copy(
+                update={"bytes": size, "parameters": plan.originals.parameters - saved // 4}
+            )
+        else:
+            candidate.predicted = _predicted(_structure_size(tasks, sharable, candidate))
     return plan
 
 
-def _candidate(sharable: Sharable, k: int, width: float) -> PlannedCandidate:
-    name = f"k{k:02d}"
-    if width == 1.0:
+def _candidate(sharable: Sharable, k: int, width: float, share: float) -> PlannedCandidate:
+    name = f"k{k:02d}" + ("" if width == 1 else f"-w{width:g}") + ("" if share == 1 else f"-s{share:g}")
+    if width == share == 1:
         return PlannedCandidate(name=name, units=k)
-    spaces = stem_spaces(sharable, sharable.cuts[k - 1])
-    channels = {space.name: max(1, round(width * space.size)) for space in spaces}
-    return PlannedCandidate(name=f"{name}-w{width:g}", units=k, channels=channels)
+    channels, private = {}, {}
+    for space in stem_spaces(sharable, sharable.cuts[k - 1]):
+        total = max(1, round(width * space.size))
+        channels[space.name] = max(1, round(share * total))
+        private[space.name] = total - channels[space.name]
+    return PlannedCandidate(name=name, units=k, channels=channels, private={s: n for s, n in private.items() if n})
 
 
 def _structure_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate) -> Size:
     cut = sharable.cuts[candidate.units - 1] if candidate.units else None
     try:
-        return size_of([merged_structure(sharable, tasks, cut, candidate.channels)])
+        return size_of([merged_structure(sharable, tasks, cut, candidate.widths)])
     except ModelError as error:
         raise ModelError(f"{candidate.name}: its stem cannot have these widths: {error}") from error
 
@@ -156,6 +187,8 @@ def _replayed(path: Path, plan: Plan) -> list[PlannedCandidate]:
         raise UsageError(f"{path}: is not a plan: {' '.join(str(error).split())[:300]}") from error
     if [unit.layers for unit in edited.units] != [unit.layers for unit in plan.units]:
         raise UsageError(f"{path}: the plan was made for other networks: its units are not those of {plan.tasks}")
+    if edited.mode != plan.mode:
+        raise UsageError(f"{path}: the plan is for --mode {edited.mode}, not {plan.mode}")
     if not edited.candidates:
         raise UsageError(f"{path}: the plan has no candidates")
     names: set[str] = set()
@@ -171,7 +204,7 @@ def _check(candidate: PlannedCandidate, plan: Plan, names: set[str], path: Path)
         raise UsageError(f"{path}: {name!r} cannot name a candidate's file, or names two")
     if not 0 <= candidate.units <= deepest:
         raise UsageError(f"{path}: {name} shares {candidate.units} units, but there are {deepest}: {plan.limit}")
-    for space, channels in candidate.channels.items():
+    for space, channels in (*candidate.channels.items(), *candidate.private.items()):
         if space not in plan.spaces:
             raise UsageError(f"{path}: {name} names the channel space {space!r}, which these networks have not")
         most = plan.spaces[space] * len(plan.tasks)

@@ -1,15 +1,24 @@
-"""Compare a merged model with its originals in onnxruntime, on held-out samples."""
+"""Compare a merged model with its originals in onnxruntime, on held-out samples.
+
+A task is a classifier where its first output looks like one: [N, classes] or [N, classes, 1, 1], not ended by what ends
+independent labels, coordinates or embeddings, and not naming one and the same class on many samples; labels settle it.
+Images, boxes, sequences and other numbers are judged by their relative error.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.data import Split
 from onnxmerge.errors import UsageError
+from onnxmerge.ir.outputs import is_class_shape, may_name_classes
 from onnxmerge.report.schema import TaskScore
 from onnxmerge.runtime.activations import BATCH, Samples, stream
+
+MANY = 50
+"""Samples of which a classifier should name more than one class: else agreement says nothing."""
 
 
 @dataclass
@@ -21,8 +30,11 @@ class Tally:
     labelled: int = 0
     agreeing: int = 0
     classified: int = 0
-    difference: float = 0.0
-    magnitude: float = 0.0
+    named: set[int] = field(default_factory=set)
+    """Classes that the original names."""
+    differences: list[float] = field(default_factory=list)
+    magnitudes: list[float] = field(default_factory=list)
+    """Sums of squares over all samples, for each output."""
     largest: float = 0.0
     """Largest absolute difference of any output."""
     compared: int = 0
@@ -30,35 +42,49 @@ class Tally:
     """Output values that differ by more than `atol + rtol |original|`."""
     atol: float | None = None
     rtol: float | None = None
+    may_classify: bool = True
+    """Whether the first output's end allows that it names classes (see `may_name_classes`)."""
 
     def update(self, merged: Sequence[np.ndarray], original: Sequence[np.ndarray], labels: np.ndarray | None) -> None:
         """Add a batch: the outputs in one order, and class numbers where known."""
-        for ours, theirs in zip(merged, original, strict=True):
+        self.differences = self.differences or [0.0] * len(original)
+        self.magnitudes = self.magnitudes or [0.0] * len(original)
+        for place, (ours, theirs) in enumerate(zip(merged, original, strict=True)):
             gap = ours.astype(np.float64) - theirs
-            self.difference += float((gap**2).sum())
-            self.magnitude += float((theirs.astype(np.float64) ** 2).sum())
+            self.differences[place] += float((gap**2).sum())
+            self.magnitudes[place] += float((theirs.astype(np.float64) ** 2).sum())
             self.largest = max(self.largest, float(np.abs(gap).max(initial=0)))
             self.compared += gap.size
             if self.atol is not None or self.rtol is not None:
                 bound = (self.atol or 0.0) + (self.rtol or 0.0) * np.abs(theirs)
                 self.violations += int((np.abs(gap) > bound).sum())
-        if original[0].ndim != 2 or original[0].shape[1] < 2:
+        if not is_class_shape(original[0].shape) or not (self.may_classify or labels is not None):
             return
-        ours, theirs = merged[0].argmax(1), original[0].argmax(1)
+        ours, theirs = (output.reshape(len(output), -1).argmax(1) for output in (merged[0], original[0]))
         self.classified += len(theirs)
         self.agreeing += int((ours == theirs).sum())
+        self.named |= set(theirs.tolist())
         if labels is not None:
             self.labelled += len(labels)
             self.correct += int((ours == labels).sum())
             self.original_correct += int((theirs == labels).sum())
 
+    def relative_error(self) -> float | None:
+        """|merged - original| / |original| of the output that fares worst; None where all originals are zero.
+
+        Outputs are not added up: boxes in pixels would drown the scores that come with them.
+        """
+        pairs = zip(self.differences, self.magnitudes, strict=True)
+        return max((float(np.sqrt(d / m)) for d, m in pairs if m > 0), default=None)
+
     def score(self) -> TaskScore:
         """The figures of the report."""
+        classifier = self.labelled > 0 or (self.classified > 0 and (len(self.named) > 1 or self.classified < MANY))
         return TaskScore(
             accuracy=self.correct / self.labelled if self.labelled else None,
             original_accuracy=self.original_correct / self.labelled if self.labelled else None,
-            agreement=self.agreeing / self.classified if self.classified else None,
-            relative_error=float(np.sqrt(self.difference / self.magnitude)) if self.magnitude > 0 else None,
+            agreement=self.agreeing / self.classified if classifier else None,
+            relative_error=self.relative_error(),
         )
 
 
@@ -74,6 +100,7 @@ def compare(
     threads: int | None = None,
 ) -> Tally:
     """Run `merged` over `merged_samples` and hold its outputs `names` against the original's, batch by batch."""
+    tally.may_classify = may_name_classes(merged, names[0])
     ours = stream(merged, merged_samples, names, threads=threads)
     for batch, ran, expected in zip(split.batches(BATCH), ours, original, strict=True):
         _check_labels(batch.labels, expected[original_names[0]], original_names[0])
@@ -82,7 +109,7 @@ def compare(
 
 
 def _check_labels(labels: np.ndarray | None, output: np.ndarray, name: str) -> None:
-    if labels is not None and output.ndim == 2 and len(labels) and labels.max() >= output.shape[1]:
+    if labels is not None and is_class_shape(output.shape) and len(labels) and labels.max() >= output.shape[1]:
         raise UsageError(
             f"a label says class {int(labels.max())}, but the output {name!r} has {output.shape[1]} classes; "
             "do these labels belong to this task?"

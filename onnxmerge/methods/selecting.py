@@ -16,7 +16,7 @@ from onnxmerge.passes.channel_map import ChannelMap, target_channels
 from onnxmerge.passes.select_channels import Reading, predictions, select_channels
 from onnxmerge.runtime.activations import Arrays
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
-from onnxmerge.runtime.statistics import Moments
+from onnxmerge.runtime.statistics import Moments, return_memory
 
 
 def select(
@@ -43,13 +43,13 @@ def select(
     unseen = {place.name for place in places}
     for names in _observe(heard, places, options):
         unseen -= set(names)
-        for space in spaces:  # statistics are let go as soon as all are there: wide streams have large ones
-            union = unions.get(space.name)
-            if union is not None:
-                union.add(names)
-                if not any(place.name in unseen for place in union.places):
-                    for number, found in _share_out(unions.pop(space.name), members).items():
-                        maps[number][space.name] = found
+        for name in list(unions):
+            unions[name].add(names)
+            if not any(place.name in unseen for place in unions[name].places):
+                # statistics are let go as soon as all are there: wide streams have large ones
+                for number, found in _share_out(unions.pop(name), members).items():
+                    maps[number][name] = found
+    return_memory()
     return [_mapped(members[0], member, maps[id(member)], spaces) for member in members]
 
 
@@ -147,15 +147,17 @@ class _Union:
     def add(self, names: Sequence[str]) -> None:
         """Take in the places at the values `names`, which have been seen to the end."""
         for place in self.places:
-            if place.name in names and place.known and self.members:
-                self._add(place)
+            if place.name in names:
+                if place.known and self.members:
+                    self._add(place)
+                place.sums = Moments()
 
     def reading(self) -> Reading | None:
-        """All places together; None where there is none."""
+        """All places together; None where there is none. The weights that read them are used up."""
         if self._covariance is None:
             return None
-        parts = [_compact(np.concatenate(roots, axis=1)) for roots in self._roots.values()]
-        return Reading(self._covariance, block_diag(*parts).astype(np.float32))
+        parts = [_compact(np.concatenate(self._roots.pop(n), axis=1)).astype(np.float32) for n in self.members]
+        return Reading(self._covariance, block_diag(*parts))
 
     def _add(self, place: _Place) -> None:
         sizes = [len(slots.index) for _, slots in place.members.values()]
@@ -176,7 +178,6 @@ class _Union:
             self._covariance = covariance
         else:
             self._covariance += covariance
-        place.sums = Moments()
 
 
 def _share_out(union: _Union, members: Sequence[Counterpart]) -> dict[int, ChannelMap]:
@@ -189,6 +190,7 @@ def _share_out(union: _Union, members: Sequence[Counterpart]) -> dict[int, Chann
             first: ChannelMap.from_permutation(np.arange(space.size))
         }
     starts = dict(zip(union.members, np.cumsum([0, *(sizes[number] for number in union.members)]), strict=False))
+    return_memory()
     chosen = _placed(select_channels([reading], space.size), space.size)
     back = predictions([reading], chosen)
     found = {}

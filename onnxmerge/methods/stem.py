@@ -10,9 +10,10 @@ from onnxmerge.ir.layers import Layer
 from onnxmerge.methods.alignment import Aligned, Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.shared_subspace import fuse_subspace
-from onnxmerge.methods.starts import Start
+from onnxmerge.methods.structure import Widths
 from onnxmerge.methods.tails import Stem
 from onnxmerge.methods.task import Task
+from onnxmerge.methods.zip_choices import Start
 from onnxmerge.passes.average import Average, Partner
 from onnxmerge.passes.fit_split import FitSplit
 from onnxmerge.passes.least_squares import solve_repair
@@ -34,10 +35,10 @@ class Stems:
         self._sharable, self._aligned, self._tasks, self._fitting = sharable, aligned, tasks, fitting
         self._deepest: dict[Start, oir.Model] = {}
 
-    def up_to(self, cut: Cut, start: Start, channels: Mapping[str, int]) -> Stem:
-        """The stem that ends at `cut`; in the subspace it may have other numbers of channels, by space."""
+    def up_to(self, cut: Cut, start: Start, widths: Widths) -> Stem:
+        """The stem that ends at `cut`; in the subspace it may have other widths."""
         if start is Start.SUBSPACE:
-            return fuse_subspace(self._sharable, self._aligned, self._tasks, cut, channels, self._fitting)
+            return fuse_subspace(self._sharable, self._aligned, self._tasks, cut, widths, self._fitting)
         if start not in self._deepest:
             self._deepest[start] = self._fused(start)
         model = cut_out(self._deepest[start], self._tasks[0].inputs, [cut.unit.cut])

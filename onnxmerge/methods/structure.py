@@ -1,7 +1,7 @@
 """What a candidate will look like: the merged graph with weights that are nobody's, before anything is fitted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as oir
@@ -12,11 +12,12 @@ from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.space import Space
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.methods.alignment import Cut, Sharable
-from onnxmerge.methods.tails import own_tail
+from onnxmerge.methods.tails import Stem, own_tail
 from onnxmerge.methods.task import Network
 from onnxmerge.passes.attach_tails import AttachTails, bare_stem
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.set_widths import SetWidths
+from onnxmerge.passes.split_off import SplitOff
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class Size:
     bytes: int
     """Of its arrays, each counted once."""
     macs: int | None
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels of a stem, by space."""
+
+    shared: Mapping[str, int] = field(default_factory=dict)
+    """How many are shared, where not as many as the reference has."""
+    private: Mapping[str, int] = field(default_factory=dict)
+    """How many more each task has for itself; none where nothing is said."""
 
 
 def size_of(models: Sequence[oir.Model]) -> Size:
@@ -56,18 +67,20 @@ def stem_of(sharable: Sharable, cut: Cut, channels: Mapping[str, int]) -> oir.Mo
     return SetWidths(channels, cut.axis)(stem).model
 
 
-def merged_structure(
-    sharable: Sharable, tasks: Sequence[Network], cut: Cut | None, channels: Mapping[str, int]
-) -> oir.Model:
-    """A stem up to `cut`, or none, and every task's tail behind an adapter."""
+def merged_structure(sharable: Sharable, tasks: Sequence[Network], cut: Cut | None, widths: Widths) -> oir.Model:
+    """A stem up to `cut`, or none, private channels beside it, and every task's tail behind an adapter."""
     if cut is None:
         return AttachTails({task.name: task.model for task in tasks})(bare_stem(tasks[0].model)).model
-    stem = stem_of(sharable, cut, channels)
-    arriving = dims(stem.graph.outputs[0])[cut.axis] or 0
-    tails = {}
+    stem = stem_of(sharable, cut, widths.shared)
+    shared = {space.name: space.size for space in stem_spaces(sharable, cut)} | dict(widths.shared)
+    arriving, sides = stem, {}
+    if widths.private:
+        arriving = stem_of(sharable, cut, {name: own + widths.private.get(name, 0) for name, own in shared.items()})
+        sides = {task.name: SplitOff(shared, stem)(arriving).model for task in tasks}
+    size, tails = dims(arriving.graph.outputs[0])[cut.axis] or 0, {}
     for task in tasks:
         tail = own_tail(task, cut).clone()
         own = dims(tail.graph.inputs[0])[cut.axis] or 0
-        InsertAdapter(cut.axis, np.zeros((own, arriving), np.float32), "adapted")(tail)
+        InsertAdapter(cut.axis, np.zeros((own, size), np.float32), "adapted")(tail)
         tails[task.name] = tail
-    return AttachTails(tails)(stem).model
+    return Stem(stem, {}, sides).attach(tails)

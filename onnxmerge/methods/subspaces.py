@@ -14,7 +14,16 @@ from onnxmerge.methods.selecting import _root
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.union import Union
 from onnxmerge.passes.roles import LAYERS, MOVES, read_axis
-from onnxmerge.passes.subspace import Bend, Sight, Subspace, choose_channels, choose_subspace, decoder, importance
+from onnxmerge.passes.subspace import (
+    Bend,
+    Sight,
+    Subspace,
+    choose_channels,
+    choose_private,
+    choose_subspace,
+    decoder,
+    importance,
+)
 from onnxmerge.runtime.activations import lockstep
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
 
@@ -47,6 +56,24 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
+class View:
+    """Channels that are computed, in terms of all networks' channels, and what is predicted from them."""
+
+    subspace: Subspace
+    back: np.ndarray
+    """[n, computed] how each channel is predicted."""
+
+
+@dataclass(frozen=True)
+class SharedSpace:
+    """What becomes of one space."""
+
+    shared: View
+    tasks: Mapping[str, View]
+    """What each task reads: the shared channels and its private ones."""
+
+
+@dataclass(frozen=True)
 class _Place:
     """A value in which a space is read."""
 
@@ -60,19 +87,21 @@ def find_subspaces(
     tasks: Sequence[Task],
     aligned: Mapping[str, Aligned],
     widths: Mapping[str, int],
+    private: Mapping[str, int],
     weights: Mapping[str, float],
     *,
     samples: int,
     seed: int,
     threads: int | None,
-) -> dict[str, tuple[Subspace, np.ndarray]]:
-    """By space of the union's reference, what is shared, and [n, shared] how each channel is predicted from it.
+) -> dict[str, SharedSpace]:
+    """By space of the union's reference, what is shared and what each task has besides.
 
     Args:
         union: the networks up to a cut.
         tasks: the networks with their samples.
         aligned: the other networks' channel alignment, for spaces that can only be matched.
         widths: by space how many channels are shared.
+        private: by space how many more each task has; spaces that can only be matched have none.
         weights: how much each task counts.
         samples: unlabelled samples of each task.
         seed: of samples, positions and descent.
@@ -90,12 +119,19 @@ def find_subspaces(
         ]
         kind = kind_of(own, space)
         if kind is Kind.MATCH or not sights:
-            found[space.name] = _matched(union, space, aligned)
+            view = _matched(union, space, aligned)
+            found[space.name] = SharedSpace(view, dict.fromkeys(union.names, view))
             continue
         mixed = kind is Kind.MIX and sights[0].rows.shape[1] <= _WIDEST
-        width = widths[space.name]
+        width, more = widths[space.name], private.get(space.name, 0)
         subspace = choose_subspace(sights, width, seed) if mixed else choose_channels(sights, width)
-        found[space.name] = subspace, decoder(subspace, sights)
+        view, views = View(subspace, decoder(subspace, sights)), {}
+        for name in union.names:
+            views[name] = view
+            if more:
+                with_own = choose_private(subspace, sights, union.own(name, space), more)
+                views[name] = View(with_own, decoder(with_own, sights))
+        found[space.name] = SharedSpace(view, views)
     return found
 
 
@@ -232,9 +268,9 @@ def _lies_at(space: Space, slots: Slots) -> bool:
     return own is not None and np.array_equal(own.index, slots.index)
 
 
-def _matched(union: Union, space: Space, aligned: Mapping[str, Aligned]) -> tuple[Subspace, np.ndarray]:
+def _matched(union: Union, space: Space, aligned: Mapping[str, Aligned]) -> View:
     """The mean of matched channels; the reference's order."""
     count = len(union.names)
     orders = [np.arange(space.size), *(aligned[name].alignment[space.name] for name in union.names[1:])]
     mix = np.concatenate([np.eye(space.size)[order] for order in orders], axis=1)
-    return Subspace((mix / count).astype(np.float32), np.zeros(space.size, np.float32)), mix.T
+    return View(Subspace((mix / count).astype(np.float32), np.zeros(space.size, np.float32)), mix.T)

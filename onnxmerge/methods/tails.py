@@ -1,18 +1,20 @@
 """What follows a stem: for each task an adapter and its own layers, refitted behind it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.compose import cut_out, rename_value
+from onnxmerge.ir.compose import chain, cut_out, rename_value
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.alignment import Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
-from onnxmerge.methods.task import Task
+from onnxmerge.methods.task import Network, Task
+from onnxmerge.passes.attach_tails import AttachTails
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.refit import Refit, Teacher
+from onnxmerge.passes.split_off import STEM
 from onnxmerge.runtime.activations import Renamed, store
 
 _ARRIVING = "stem"
@@ -26,6 +28,29 @@ class Stem:
     model: oir.Model
     adapters: Mapping[str, np.ndarray | None]
     """By task [own channels, arriving channels], or None where the stem is the task's own and its tail stays."""
+    sides: Mapping[str, oir.Model] = field(default_factory=dict)
+    """By task what computes its private channels beside the stem (see `SplitOff`), where it has some."""
+
+    def attach(self, tails: Mapping[str, oir.Model]) -> oir.Model:
+        """The stem, the sides and behind them the tails as one model."""
+        sides = self.sides
+        return self._compose(
+            {t: chain(sides[t], tail, "private/") if t in sides else tail for t, tail in tails.items()}
+        )
+
+    def beside(self, tasks: Sequence[str]) -> oir.Model:
+        """The stem and the sides of some tasks; outputs are what their tails read."""
+        return self._compose({task: self.sides[task] for task in tasks}) if self.sides else self.model
+
+    def _compose(self, pieces: Mapping[str, oir.Model]) -> oir.Model:
+        inputs = [value.name or "" for value in self.model.graph.inputs]
+        (last,) = (value.name or "" for value in self.model.graph.outputs)
+        reads = {
+            task: [(v.name or "").removeprefix(STEM) for v in piece.graph.inputs] if task in self.sides else [last]
+            for task, piece in pieces.items()
+        }
+        read = dict.fromkeys(name for own in reads.values() for name in own if name not in inputs)
+        return AttachTails(pieces, reads)(cut_out(self.model, inputs, list(read))).model
 
 
 def fit_tails(
@@ -40,7 +65,7 @@ def fit_tails(
     }
 
 
-def own_tail(task: Task, cut: Cut) -> oir.Model:
+def own_tail(task: Network, cut: Cut) -> oir.Model:
     """The task's own layers behind the cut, as they are."""
     return cut_out(task.model, [cut.names[task.name]], task.outputs)
 
@@ -56,7 +81,9 @@ def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fit
     split = task.data.calibration.take(fitting.samples, fitting.seed)
     folder = fitting.folder / f"cut-{task.name}"
     student = task.feeds(split, sharable.reference)
-    arriving = store(stem.model, student, [cut.unit.cut], folder / "student", threads=fitting.threads)
+    before = stem.beside([task.name])
+    (read,) = (value.name or "" for value in before.graph.outputs)
+    arriving = store(before, student, [read], folder / "student", threads=fitting.threads)
     wanted = store(task.model, task.feeds(split, task), [theirs], folder / "teacher", threads=fitting.threads)
     cuts = [unit.cut for unit in find_units(task.model)]
     computed = [v.name or "" for v in teacher.graph.inputs] + [
@@ -64,7 +91,7 @@ def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fit
     ]
     values = {name: name for name in computed} | {_ARRIVING: theirs}
     Refit(
-        {task.name: Teacher(teacher, wanted, Renamed(arriving, {cut.unit.cut: _ARRIVING}), len(split), values)},
+        {task.name: Teacher(teacher, wanted, Renamed(arriving, {read: _ARRIVING}), len(split), values)},
         cuts[cuts.index(theirs) + 1 :] if theirs in cuts else [],
         least_squares(1),
         seed=fitting.seed,

@@ -48,6 +48,12 @@ class Union:
             start += self.size(network, value)
         return np.concatenate(found)
 
+    def own(self, network: str, space: Space) -> slice:
+        """Where one network's channels lie among those of all networks in a space."""
+        sizes = [self.theirs[name][space.name].size for name in self.names]
+        place = self.names.index(network)
+        return slice(sum(sizes[:place]), sum(sizes[: place + 1]))
+
     def size(self, network: str, value: str) -> int:
         """Channels of one network's part of a joined value."""
         name = self.joined[value].parts[network]

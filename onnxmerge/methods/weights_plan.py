@@ -20,6 +20,8 @@ from onnxmerge.passes.weight_parts import Part
 
 Counts = Mapping[str, int]
 """Space name -> number of shared neurons. Spaces that are not mentioned share none; inputs are always shared."""
+Share = int | Counts
+"""What is shared: the first k units wholly, or so many neurons of each space."""
 
 
 @dataclass(frozen=True)
@@ -30,60 +32,73 @@ class Extent:
         cut: the last cut of the shared part; None where nothing is shared.
         stem: the reference's network up to there.
         spaces: those of `stem`.
+        counts: shared neurons of each space.
         parts: for the weights of `stem` that are shared, the shared neurons when those of each space come first.
     """
 
     cut: Cut | None
     stem: oir.Model | None
     spaces: list[Space]
+    counts: Counts
     parts: dict[str, Part]
 
 
-def count_units(sharable: Sharable, k: int) -> dict[str, int]:
-    """The plan that shares the first k units wholly: every neuron that they make."""
-    if k == 0:
-        return {}
-    stem = cut_out(sharable.reference.model, sharable.reference.inputs, [sharable.cuts[k - 1].unit.cut])
-    made = {output.name for node in stem.graph for output in node.outputs}
-    return {space.name: space.size for space in sharable.spaces if any(slots.name in made for slots in space.values)}
-
-
-def find_extent(sharable: Sharable, counts: Counts, *, depthwise: bool = False) -> Extent:
+def find_extent(sharable: Sharable, share: Share, *, depthwise: bool = False) -> Extent:
     """What a plan means for the networks.
 
     Args:
         sharable: the networks.
-        counts: the plan.
+        share: the plan.
         depthwise: share depthwise convolutions too, where their whole space is shared.
 
     Raises:
-        UsageError: there is no such space, or it has fewer neurons.
+        UsageError: there are not so many units, no such space, or fewer neurons in it.
     """
+    deepest = len(sharable.cuts)
+    if isinstance(share, int):
+        if not 0 <= share <= deepest:
+            raise UsageError(f"cannot share {share} units: these networks can share at most {deepest}")
+        deepest = share
+    counts = _count_units(sharable, share) if isinstance(share, int) else _checked(sharable, share)
+    for cut in reversed(sharable.cuts[:deepest]):
+        stem = _stem(sharable, cut)
+        spaces = [_inside(space, stem) for space in sharable.spaces]
+        parts = _parts(stem, spaces, counts, depthwise)
+        if any(name in parts for name in cut.unit.layers):
+            return Extent(cut, stem, spaces, counts, parts)
+    return Extent(None, None, [], counts, {})
+
+
+def _count_units(sharable: Sharable, k: int) -> Counts:
+    """Every neuron that the first k units make."""
+    stem = None if k == 0 else _stem(sharable, sharable.cuts[k - 1])
+    made = {output.name for node in stem.graph for output in node.outputs} if stem is not None else set()
+    return {space.name: space.size for space in sharable.spaces if any(slots.name in made for slots in space.values)}
+
+
+def _checked(sharable: Sharable, counts: Counts) -> Counts:
     sizes = {space.name: space.size for space in sharable.spaces}
     for name, count in counts.items():
         if not 0 <= count <= sizes.get(name, 0):
             known = f"it has {sizes[name]} neurons" if name in sizes else f"the spaces are {', '.join(sizes)}"
             raise UsageError(f"cannot share {count} neurons of the space {name!r}: {known}")
-    for number in range(len(sharable.cuts), 0, -1):
-        cut = sharable.cuts[number - 1]
-        stem = cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
-        spaces = [_inside(space, stem) for space in sharable.spaces]
-        parts = _parts(stem, spaces, counts, depthwise)
-        if any(name in parts for name in cut.unit.layers):
-            return Extent(cut, stem, spaces, parts)
-    return Extent(None, None, [], {})
+    return counts
 
 
-def predicted_bytes(tasks: Sequence[Network], sharable: Sharable, counts: Counts, *, depthwise: bool = False) -> int:
-    """Bytes of the merged model's floating-point arrays when this is shared."""
-    extent = find_extent(sharable, counts, depthwise=depthwise)
+def _stem(sharable: Sharable, cut: Cut) -> oir.Model:
+    return cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
+
+
+def predicted_bytes(tasks: Sequence[Network], sharable: Sharable, share: Share, *, depthwise: bool = False) -> int:
+    """Bytes of the merged model's floating-point arrays when this is shared, biases apart."""
+    extent = find_extent(sharable, share, depthwise=depthwise)
     arrays = [v for task in tasks for v in task.model.graph.initializers.values() if is_float(v)]
     total = sum(get_array(value).nbytes for value in arrays)
     for layer in [] if extent.stem is None else find_layers(extent.stem):
         part = extent.parts.get(layer.name)
         if part is not None:
-            share = part.reads.mean() * part.makes.mean()
-            total -= (len(tasks) - 1) * round(share * get_array(layer.weight).nbytes)
+            common = part.reads.mean() * part.makes.mean()
+            total -= (len(tasks) - 1) * round(common * get_array(layer.weight).nbytes)
     return total
 
 

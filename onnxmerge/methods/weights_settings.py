@@ -1,27 +1,9 @@
 """What can be set in weights mode."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 
+from onnxmerge.methods.zip_choices import Pairing, Rule
 from onnxmerge.passes.least_squares import RIDGE
-
-
-class Rule(StrEnum):
-    """How shared weights are made; see `onnxmerge.passes.shared_weights`."""
-
-    LEAST_SQUARES = "least-squares"
-    MTZ = "mtz"
-
-
-class Pairing(StrEnum):
-    """How neurons are paired."""
-
-    CORRELATION = "correlation"
-    """As `align` did, by the correlation of activations."""
-    GREEDY = "greedy"
-    """By MTZ's functional difference, the cheapest pair first, as published."""
-    ASSIGNMENT = "assignment"
-    """By MTZ's functional difference, the least sum."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.spaces import Slots, Space
 from onnxmerge.ir.units import find_units
-from onnxmerge.methods.weights_plan import Counts, Extent, shared_rows
-from onnxmerge.methods.weights_settings import Pairing, Rule, WeightSharing
+from onnxmerge.methods.weights_plan import Extent, shared_rows
+from onnxmerge.methods.weights_settings import WeightSharing
+from onnxmerge.methods.zip_choices import Pairing, Rule
 from onnxmerge.passes.permute import Permute
 from onnxmerge.passes.refit import set_weights_and_bias, weights_and_bias
 from onnxmerge.passes.roles import read_axis
@@ -34,8 +35,8 @@ from onnxmerge.runtime.activations import BATCH, Samples, lockstep, store
 from onnxmerge.runtime.patches import Positions, channel_axis, grid_of, input_rows, output_rows, positions_needed
 from onnxmerge.runtime.statistics import Regression
 
-_PAIRS: dict[Pairing, Callable[[np.ndarray], np.ndarray]] = {
-    Pairing.CORRELATION: lambda cost: np.arange(len(cost)),  # paired before the walk
+_PAIRS: dict[Pairing, Callable[[np.ndarray, int], np.ndarray]] = {
+    Pairing.CORRELATION: lambda cost, _: np.arange(len(cost)),  # paired before the walk
     Pairing.GREEDY: pair_greedily,
     Pairing.ASSIGNMENT: pair_by_assignment,
 }
@@ -89,18 +90,15 @@ class Walk:
     Args:
         streams: by task, the reference first.
         extent: what is shared.
-        counts: the plan.
         sharing: how.
         folder: for temporary files.
     """
 
-    def __init__(
-        self, streams: Mapping[str, Stream], extent: Extent, counts: Counts, sharing: WeightSharing, folder: Path
-    ):
+    def __init__(self, streams: Mapping[str, Stream], extent: Extent, sharing: WeightSharing, folder: Path):
         assert extent.cut is not None and extent.stem is not None
         self.done: list[str] = []
         self._streams, self._all = streams, list(streams.values())
-        self._extent, self._counts, self._sharing, self._folder = extent, counts, sharing, folder
+        self._extent, self._sharing, self._folder = extent, sharing, folder
         self._cuts = [*(unit.cut for unit in find_units(extent.stem)), extent.cut.unit.cut]
         self._inputs = [value.name or "" for value in extent.stem.graph.inputs]
         self._at, self._cut = self._inputs, self._cuts[0]
@@ -197,14 +195,14 @@ class Walk:
 
     def _pair(self, layer: Layer, space: Space, slots: Slots, statistics: Sequence[Regression]) -> list[Regression]:
         """Pair the neurons of a space, put those to be shared first, and the statistics of the layer with them."""
-        count = self._counts.get(space.name, 0)
+        count = self._extent.counts.get(space.name, 0)
         if layer.groups > 1:
             return list(statistics)
         current = [weights_and_bias(_find(stream.student, layer.name)) for stream in self._all]
         rows = shared_rows(layer, self._extent.parts[layer.name], bias=False)
         costs = [_by_channel(cost, slots.index) for cost in differences(statistics, current, rows)]
         channels = np.arange(space.size)
-        orders = [channels] + [_PAIRS[self._sharing.pairing](cost) for cost in costs]
+        orders = [channels] + [_PAIRS[self._sharing.pairing](cost, count) for cost in costs]
         total = sum(cost[order, channels] for cost, order in zip(costs, orders[1:], strict=True))
         cheapest = np.argsort(total, kind="stable")
         first = np.concatenate([np.sort(cheapest[:count]), np.sort(cheapest[count:])])

@@ -11,14 +11,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as oir
 
 from onnxmerge.calibration.settings import Settings
-from onnxmerge.errors import UsageError
 from onnxmerge.files import claim_folder, whole_file, write_text
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import save, stored_bytes
@@ -27,66 +26,20 @@ from onnxmerge.methods.bounds import Bounds, worst_drop
 from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.measure import Bench, Judge
+from onnxmerge.methods.pictures import held_out_pictures
 from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.stem import Start, Stems
-from onnxmerge.methods.structure import merged_structure, size_of
+from onnxmerge.methods.stem import Stems
+from onnxmerge.methods.structure import Widths, merged_structure, size_of
 from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
-from onnxmerge.passes.attach_tails import AttachTails
+from onnxmerge.methods.weights_mode import share_weights
+from onnxmerge.methods.weights_settings import WeightSharing
+from onnxmerge.methods.zip_choices import Mode, Start
+from onnxmerge.methods.zip_settings import ZipSettings
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, TaskScore
 from onnxmerge.report.write import write_report
-
-
-@dataclass(frozen=True)
-class ZipSettings:
-    """What can be set; everything here goes into the recipe.
-
-    Attributes:
-        share: "auto" (all k), a number k, a fraction of the units, or the path of an edited plan.
-        widths: how many channels a stem has, relative to the first network; each makes candidates of its own.
-        max_drop, max_bytes, min_speedup: the bounds (see `Bounds`).
-        steps: calibration steps of each candidate; 0 leaves the closed form.
-        rate: peak learning rate of calibration, as a share of each array's root mean square.
-        samples: unlabelled samples of each task for the closed form.
-        starts: stems to try for each candidate; the one with the better worst task on held-out samples is calibrated.
-            Stems of another width start from the subspace.
-        labels: use the labels of the calibration samples.
-        weights: how much each task counts in what is shared; None: all alike.
-        seed: of everything drawn at random.
-        threads: for onnxruntime and torch; None leaves the choice to them.
-        providers: where latency is measured.
-        measure: whether latency and memory are measured.
-    """
-
-    share: str = "auto"
-    widths: tuple[float, ...] = (1.0,)
-    max_drop: float | None = 0.01
-    max_bytes: int | None = None
-    min_speedup: float | None = None
-    steps: int = 300
-    rate: float = 1e-2
-    samples: int = 2000
-    starts: tuple[Start, ...] = (Start.SUBSPACE, Start.LEAST_SQUARES, Start.KEEP)
-    labels: bool = False
-    weights: tuple[float, ...] | None = None
-    seed: int = 0
-    threads: int | None = None
-    providers: tuple[str, ...] = ("cpu",)
-    measure: bool = True
-
-    def check(self, tasks: int) -> None:
-        """Whether the settings fit each other and so many tasks.
-
-        Raises:
-            UsageError: the weights are not one for each task, or a width is not above 0.
-        """
-        weights = self.weights or (1.0,) * tasks
-        if len(weights) != tasks or any(not 0 < weight < float("inf") for weight in weights):
-            raise UsageError(f"--weights: give a number above 0 for each of the {tasks} tasks")
-        if any(not 0 < width <= tasks for width in self.widths):
-            raise UsageError(f"--width: give a number above 0 and at most {tasks}, the number of tasks")
 
 
 def zip_models(
@@ -126,7 +79,7 @@ def zip_models(
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
     sharable = find_sharable(tasks)
-    plan = make_plan(tasks, sharable, settings.share, settings.widths)
+    plan = make_plan(tasks, sharable, settings.share, settings.widths, settings.sharing, settings.mode)
     folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = _recipe(tasks, settings, plan)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
@@ -138,6 +91,7 @@ def zip_models(
     if result.chosen is not None:
         with whole_file(folder / "merged.onnx") as temporary_file:
             shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
+        result.pictures = held_out_pictures(tasks, folder / "merged.onnx", threads=settings.threads)
     write_text(folder / "plan.json", plan.to_json())
     write_report(result, folder)
     if interrupted:
@@ -145,10 +99,16 @@ def zip_models(
     return result
 
 
-def plan_zip(models: Sequence[str | os.PathLike[str]], share: str = "auto", widths: Sequence[float] = (1.0,)) -> Plan:
+def plan_zip(
+    models: Sequence[str | os.PathLike[str]],
+    share: str = "auto",
+    widths: Sequence[float] = (1.0,),
+    sharing: Sequence[float] = (1.0,),
+    mode: Mode = Mode.COMPUTE,
+) -> Plan:
     """What `zip_models` would share, before any weight is touched; needs no data."""
     networks = load_networks(models)
-    return make_plan(networks, find_sharable(networks), share, widths)
+    return make_plan(networks, find_sharable(networks), share, widths, sharing, mode)
 
 
 def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[str, Any]:
@@ -206,13 +166,13 @@ class _Run:
     def _make(self, planned: PlannedCandidate) -> Candidate:
         name, k = planned.name, planned.units
         begun = time.perf_counter()
-        if k > 0:
+        if k > 0 and self.settings.mode is Mode.COMPUTE:
             self._align()
         self.progress.stage(f"{name}: fit", None)
         start, merged, scores = self._closed_form(planned)
         losses: list[tuple[int, float]] = []
         if self.settings.steps and k > 0:
-            losses = self._calibrate(name, merged)
+            losses = self._calibrate(name, merged, self.settings.steps)
             scores = self.judge.score(merged)
         path = self.shelf.model_path(name)
         metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
@@ -223,7 +183,7 @@ class _Run:
             path=str(path),
             parameters=parameter_count(merged),
             bytes=stored_bytes(path),
-            macs=size_of([merged]).macs,
+            macs=size_of([merged]).macs if self.settings.mode is Mode.COMPUTE else self.plan.originals.macs,
             tasks=scores,
             steps=self.settings.steps if losses else 0,
             seconds=time.perf_counter() - begun,
@@ -255,24 +215,48 @@ class _Run:
     def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model, dict[str, TaskScore]]:
         """The best of the settings' starts by its worst task on held-out samples."""
         if not planned.units:
-            merged = merged_structure(self.sharable, self.tasks, None, {})
+            merged = merged_structure(self.sharable, self.tasks, None, Widths())
+            return None, merged, self.judge.score(merged)
+        if self.settings.mode is Mode.WEIGHTS:
+            merged = self._shared_weights(planned)
             return None, merged, self.judge.score(merged)
         cut = self.sharable.cuts[planned.units - 1]
         tried = []
-        for start in (Start.SUBSPACE,) if planned.channels else self.settings.starts:
-            stem = self.stems.up_to(cut, start, planned.channels)
+        own = bool(planned.channels or planned.private)
+        for start in (Start.SUBSPACE,) if own else self.settings.starts:
+            stem = self.stems.up_to(cut, start, planned.widths)
             tails = fit_tails(self.sharable, self.tasks, stem, cut, self.fitting)
-            merged = AttachTails(tails)(stem.model).model
+            merged = stem.attach(tails)
             tried.append((start, merged, self.judge.score(merged)))
         return min(tried, key=lambda candidate: worst_drop(candidate[2]))
 
-    def _calibrate(self, name: str, merged: oir.Model) -> list[tuple[int, float]]:
+    def _shared_weights(self, planned: PlannedCandidate) -> oir.Model:
+        def after(merged: oir.Model, layer: str) -> None:
+            self._calibrate(f"{planned.name}, {layer}", merged, self.settings.retrain)
+
+        return share_weights(
+            self.sharable,
+            self.aligned,
+            self.tasks,
+            planned.channels or planned.units,
+            WeightSharing(
+                rule=self.settings.rule,
+                pairing=self.settings.pairing,
+                samples=self.settings.samples,
+                seed=self.settings.seed,
+                threads=self.settings.threads,
+            ),
+            after=after if self.settings.retrain else None,
+            progress=self.progress,
+        )
+
+    def _calibrate(self, name: str, merged: oir.Model, steps: int) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""
         from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
 
-        self.progress.stage(f"{name}: calibrate", self.settings.steps)
+        self.progress.stage(f"{name}: calibrate", steps)
         settings = Settings(
-            steps=self.settings.steps,
+            steps=steps,
             rate=self.settings.rate,
             label_weight=float(self.settings.labels),
             seed=self.settings.seed,

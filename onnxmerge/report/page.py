@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from onnxmerge.report.columns import QUALITY, Column, columns, other_rows
 from onnxmerge.report.figures import count, megabytes, one_line, percent, points, significant, times
+from onnxmerge.report.panels import data_uri
 from onnxmerge.report.plots import plots
 from onnxmerge.report.schema import Candidate, Result, TaskScore
 from onnxmerge.report.summary import (
@@ -72,6 +73,7 @@ def render_page(result: Result) -> str:
         chosen=chosen,
         tile_rows=[] if chosen is None else _tile_rows(chosen, result),
         plots=[(plot.title, plot.caption, Markup(plot.svg), plot.narrow) for plot in plots(result)],
+        data_uri=data_uri,
         fused=is_fused(result),
         other_rows=other_rows,
         tables=_candidate_tables(columns(result)),

@@ -31,7 +31,7 @@ class TaskScore(_Record):
     agreement: float | None = None
     """Share of held-out samples on which merged and original name the same class (classifiers only)."""
     relative_error: float | None = None
-    """|merged - original| / |original|, Frobenius norms over all held-out outputs."""
+    """|merged - original| / |original|, Frobenius norms over the held-out samples; of the output that fares worst."""
 
     @property
     def drop(self) -> float | None:

@@ -1,5 +1,7 @@
 """Streamed statistics of activations: sums are kept in float64, activations are dropped batch by batch."""
 
+import contextlib
+import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +9,8 @@ from scipy.linalg.blas import dgemm, dsyrk
 
 _TILE = 256
 """Rows of a matrix that are mirrored at a time."""
+_PANEL = 512
+"""Rows of a Gram matrix that are added to at a time."""
 
 
 @dataclass
@@ -47,7 +51,9 @@ class PairStatistics:
 
     def covariance(self) -> np.ndarray:
         """[p, q] cross-covariance."""
-        return self.ab / self.rows - np.outer(self.sum_a, self.sum_b) / self.rows**2
+        found = self.ab / self.rows
+        found -= np.outer(self.sum_a / self.rows, self.sum_b / self.rows)
+        return found
 
     def deviations(self) -> tuple[np.ndarray, np.ndarray]:
         """Standard deviations [p], [q]."""
@@ -57,8 +63,11 @@ class PairStatistics:
 
     def correlation(self) -> np.ndarray:
         """[p, q] Pearson correlation; 0 where a channel is constant."""
-        scale = np.outer(*self.deviations())
-        return np.divide(self.covariance(), scale, out=np.zeros_like(scale), where=scale > 1e-12)
+        found, scale = self.covariance(), np.outer(*self.deviations())
+        constant = scale <= 1e-12
+        scale[constant], found[constant] = 1, 0
+        found /= scale
+        return found
 
     def cka(self) -> float:
         """Linear centred kernel alignment, |A'B|^2 / (|A'A| |B'B|) (Kornblith et al. 2019)."""
@@ -137,7 +146,9 @@ class Regression:
             self.target_square = np.zeros((groups, outputs.shape[2]))
         rows = np.concatenate([inputs, np.ones((groups, count, 1), inputs.dtype)], axis=2)
         self.rows += count
-        self.gram += rows.transpose(0, 2, 1) @ rows
+        for start in range(0, fan_in + 1, _PANEL):  # not at once, which would need a second matrix of that size
+            some = slice(start, start + _PANEL)
+            self.gram[:, some] += rows[:, :, some].transpose(0, 2, 1) @ rows
         self.cross += rows.transpose(0, 2, 1) @ outputs
         self.target_sum += outputs.sum(1, dtype=np.float64)
         self.target_square += (outputs.astype(np.float64) ** 2).sum(1)
@@ -152,3 +163,9 @@ class Regression:
     def target_variance(self) -> np.ndarray:
         """[g, o] variance of each target."""
         return np.maximum(self.target_square / self.rows - (self.target_sum / self.rows) ** 2, 0)
+
+
+def return_memory() -> None:
+    """Give the system back what was freed (glibc only), since malloc keeps the pages of all but the largest arrays."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,205 @@
+"""zip in weights mode: the tasks share weights, and each keeps its own stream of activations.
+
+Layer after layer the neurons of all networks are paired, the shared part of the weight is solved on the activations of
+the networks as merged so far, each task's on its own data, and the merged graph holds that part once (`StackTasks`).
+This saves memory, not time. Biases and depthwise convolutions stay the tasks' own, as do norms.
+
+Sources: Multi-Task Zipping (He, Zhou and Thiele 2018, algorithm 1), with all networks at once instead of one after the
+other; Zippering MobileNets (Chou et al. 2019) for depthwise convolutions.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as oir
+
+from onnxmerge.ir.compose import cut_out, rename_value
+from onnxmerge.ir.units import find_units
+from onnxmerge.ir.weights import add_initializer, get_array, set_array
+from onnxmerge.methods.alignment import Aligned, Cut, Sharable
+from onnxmerge.methods.progress import Progress, Silent
+from onnxmerge.methods.task import Task
+from onnxmerge.methods.weights_plan import Extent, Share, find_extent, is_whole
+from onnxmerge.methods.weights_settings import WeightSharing
+from onnxmerge.methods.weights_walk import Stream, Walk
+from onnxmerge.methods.zip_choices import Rule
+from onnxmerge.passes.attach_tails import AttachTails, bare_stem
+from onnxmerge.passes.average import Partner, aligned_array
+from onnxmerge.passes.refit import Refit, Teacher
+from onnxmerge.passes.shared_weights import share_least_squares
+from onnxmerge.passes.stack_tasks import StackTasks, read_streams
+from onnxmerge.runtime.activations import Renamed, store
+
+_ARRIVING = "stem"
+"""Name of a tail's input."""
+
+After = Callable[[oir.Model, str], None]
+"""(merged model, the layer that was shared last): may train the model in place."""
+
+
+def share_weights(
+    sharable: Sharable,
+    aligned: Mapping[str, Aligned],
+    tasks: Sequence[Task],
+    share: Share,
+    sharing: WeightSharing | None = None,
+    *,
+    after: After | None = None,
+    progress: Progress | None = None,
+) -> oir.Model:
+    """Merge networks into one that holds what they share once.
+
+    Args:
+        sharable: the networks, as `find_sharable` matched them.
+        aligned: for each task but the first its alignment with the first; where neurons are paired by functional
+            difference none is needed, and what there is, is where spaces begin that no layer makes.
+        tasks: the originals with their samples, the first of `sharable` first.
+        share: the number k of units that are shared wholly, or how many neurons of each space are.
+        sharing: see `WeightSharing`.
+        after: called after each shared layer, for a light retraining. What it trains goes on into the layers behind,
+            and tails are then left to it; without it least squares refits them.
+        progress: told of each layer.
+
+    Returns:
+        The merged model with the first task's inputs and the outputs `TASK/output`.
+
+    Raises:
+        UsageError: the plan does not fit the networks.
+        ModelError: a network cannot be run, or has a sub-graph before the last cut.
+    """
+    sharing = sharing or WeightSharing()
+    extent = find_extent(sharable, share, depthwise=sharing.depthwise)
+    if extent.cut is None:
+        return AttachTails({task.name: task.model for task in tasks})(bare_stem(tasks[0].model)).model
+    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
+        merging = _Merging(sharable, aligned, tasks, extent, sharing, Path(folder))
+        return merging.run(after, progress or Silent())
+
+
+class _Merging:
+    """One merge under way: the tasks' stems in one channel order, and their tails."""
+
+    def __init__(
+        self,
+        sharable: Sharable,
+        aligned: Mapping[str, Aligned],
+        tasks: Sequence[Task],
+        extent: Extent,
+        sharing: WeightSharing,
+        folder: Path,
+    ):
+        assert extent.cut is not None
+        self.tasks, self.extent, self.cut, self.sharing, self.folder = tasks, extent, extent.cut, sharing, folder
+        self.streams = {task.name: _stream(sharable, aligned, task, extent, sharing) for task in tasks}
+        self.tails = {task.name: _own_tail(task, extent.cut).clone() for task in tasks}
+
+    def run(self, after: After | None, progress: Progress) -> oir.Model:
+        """Walk the stem; `after` may train in between."""
+        walk = Walk(self.streams, self.extent, self.sharing, self.folder)
+        for layer in walk.layers():
+            progress.advance(layer)
+            if after is not None and layer in self.extent.parts:
+                self._retrain(after, layer, walk)
+        if after is None and self.sharing.rule == Rule.LEAST_SQUARES:
+            for task in self.tasks:
+                self._refit_tail(task, progress)
+        return self._merged(self.extent.parts)
+
+    def _merged(self, done: Mapping[str, object]) -> oir.Model:
+        """The model in which the layers `done` are shared."""
+        parts = {name: part for name, part in self.extent.parts.items() if name in done and not is_whole(part)}
+        (first, stream), *others = self.streams.items()
+        tails = {task.name: self._ordered_tail(task) for task in self.tasks}
+        stacked = StackTasks(first, {name: other.student for name, other in others}, tails, parts)
+        return stacked(stream.student).model
+
+    def _retrain(self, after: After, layer: str, walk: Walk) -> None:
+        done = {name: self.extent.parts[name] for name in walk.done if name in self.extent.parts}
+        merged = self._merged(done)
+        after(merged, layer)
+        partly = {name: part for name, part in done.items() if not is_whole(part)}
+        read_streams(merged, {name: stream.student for name, stream in self.streams.items()}, partly)
+        for task, tail in self.tails.items():
+            for name, value in tail.graph.initializers.items():
+                set_array(value, get_array(merged.graph.initializers[f"{task}/{name}"]))
+        walk.catch_up()
+
+    def _ordered_tail(self, task: Task) -> oir.Model:
+        """The task's tail, which reads the stem's channels in the order that they have there."""
+        theirs = self.cut.names[task.name]
+        tail = self.tails[task.name].clone()
+        order = self.streams[task.name].order_at(self.cut.unit.cut, self.cut.axis, self.cut.size, self.extent.spaces)
+        rename_value(tail, theirs, _ARRIVING)
+        if (order != np.arange(self.cut.size)).any():
+            _insert_gather(tail, np.argsort(order), self.cut.axis, theirs)
+        return tail
+
+    def _refit_tail(self, task: Task, progress: Progress) -> None:
+        """Fit the task's own layers behind the cut to what arrives there now."""
+        theirs, stream = self.cut.names[task.name], self.streams[task.name]
+        folder = self.folder / f"tail-{task.name}"
+        wanted = store(task.model, stream.originals, [theirs], folder / "teacher", threads=self.sharing.threads)
+        arriving = store(
+            stream.student, stream.feeds, [self.cut.unit.cut], folder / "student", threads=self.sharing.threads
+        )
+        teacher, student = _own_tail(task, self.cut), self._ordered_tail(task)
+        cuts = [unit.cut for unit in find_units(task.model)]
+        values = {name: name for name in _computed(teacher)} | {_ARRIVING: theirs}
+        samples = Renamed(arriving, {self.cut.unit.cut: _ARRIVING})
+        Refit(
+            {task.name: Teacher(teacher, wanted, samples, stream.count, values)},
+            cuts[cuts.index(theirs) + 1 :] if theirs in cuts else [],
+            lambda _, statistics, current: share_least_squares(
+                statistics, [current], np.zeros(current.shape[1], bool), self.sharing.ridge
+            )[0],
+            seed=self.sharing.seed,
+            threads=self.sharing.threads,
+            progress=progress.advance,
+        )(student)
+        for name, value in self.tails[task.name].graph.initializers.items():
+            set_array(value, get_array(student.graph.initializers[name]))
+
+
+def _stream(
+    sharable: Sharable, aligned: Mapping[str, Aligned], task: Task, extent: Extent, sharing: WeightSharing
+) -> Stream:
+    """The task's network up to the cut, with the reference's graph and names and in its channel order."""
+    assert extent.stem is not None
+    stem = extent.stem.clone()
+    alignment = {space.name: np.arange(space.size) for space in extent.spaces}
+    if task is not sharable.reference:
+        alignment |= aligned[task.name].alignment if task.name in aligned else {}
+        partner = Partner(task.model, sharable.partners[task.name].constants, alignment)
+        for name, value in stem.graph.initializers.items():
+            set_array(value, aligned_array(name, partner, extent.spaces))
+    split = task.data.calibration.take(sharing.samples, sharing.seed)
+    feeds = task.feeds(split, sharable.reference)
+    orders = {space.name: alignment[space.name] for space in extent.spaces}
+    return Stream(stem, stem.clone(), feeds, task.feeds(split, task), len(split), orders)
+
+
+def _own_tail(task: Task, cut: Cut) -> oir.Model:
+    return cut_out(task.model, [cut.names[task.name]], task.outputs)
+
+
+def _computed(model: oir.Model) -> list[str]:
+    return [v.name or "" for v in model.graph.inputs] + [o.name or "" for node in model.graph for o in node.outputs]
+
+
+def _insert_gather(tail: oir.Model, order: np.ndarray, axis: int, name: str) -> None:
+    """Let the tail read the channels of its input in this order, as the value `name`."""
+    (source,) = tail.graph.inputs
+    readers = list(source.uses())
+    index = add_initializer(tail.graph, f"{name}__order", order.astype(np.int64))
+    gather = oir.node("Gather", [source, index], {"axis": axis}, name=f"{name}__gather")
+    ordered = gather.outputs[0]
+    ordered.name, ordered.shape, ordered.type = name, source.shape, source.type
+    for node, place in readers:
+        node.replace_input_with(place, ordered)
+    first = next(iter(tail.graph), None)
+    if first is None:
+        tail.graph.append(gather)
+    else:
+        tail.graph.insert_before(first, gather)
