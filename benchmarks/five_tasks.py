@@ -103,7 +103,7 @@ def trained(
     _train(network, task, epochs, bfloat16)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    _export(network.eval(), temporary)
+    export(network.eval(), temporary)
     temporary.rename(path)
     print(f"{path.stem}: {accuracy(path, task):.2f} %, trained in {time.perf_counter() - begun:.0f} s", flush=True)
     return path
@@ -138,7 +138,7 @@ def _varied(inputs: Tensor, flip: bool) -> Tensor:
     return picked.permute(0, 3, 1, 2)
 
 
-def _export(network: nn.Module, path: Path) -> None:
+def export(network: nn.Module, path: Path) -> None:
     """Opset 18, a dynamic batch axis N, batch norms as nodes of their own."""
     with warnings.catch_warnings():  # this exporter is chosen on purpose: it writes batch norms as they are
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export", DeprecationWarning)

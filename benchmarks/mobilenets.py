@@ -24,10 +24,10 @@ BLOCKS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), *[(128, 1)] * 5
 
 def mobilenet(task: str, seed: int = 0) -> Path:
     """The ONNX file of a trained network, called after its task."""
-    return trained(_network, task, seed, EPOCHS[task], FOLDER / f"seed{seed}" / f"{task}.onnx", bfloat16=False)
+    return trained(mobile_network, task, seed, EPOCHS[task], FOLDER / f"seed{seed}" / f"{task}.onnx", bfloat16=False)
 
 
-def _network(classes: int) -> nn.Sequential:
+def mobile_network(classes: int) -> nn.Sequential:
     parts = [*_layer(COLOURS, FIRST, 3)]
     width = FIRST
     for wider, stride in BLOCKS:

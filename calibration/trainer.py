@@ -135,9 +135,7 @@ def _train(
     return outcome
 
 
-def _fitting(
-    student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Settings
-) -> int:
+def _fitting(student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Settings) -> int:
     """The batch size of `settings`, halved until the values of a step fit into `MEMORY`."""
     with torch.no_grad():
         one = sum(stream.bytes_of_one(student, held_out) for stream in streams)

@@ -1,5 +1,6 @@
 """Convolutions over one, two or three spatial axes."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +19,11 @@ def convolution(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor 
     padding = w.begins
     if not w.symmetric:
         x, padding = pad_spatial(x, w.begins, w.ends), [0] * rank
-    return CONVOLUTIONS[rank](x, weight, bias, w.strides, padding, w.dilations, attributes.get("group", 1))
+    settings = w.strides, padding, w.dilations, attributes.get("group", 1)
+    if weight.shape[1] == 1 < len(weight):  # depthwise in bfloat16 is many times slower backwards on CPU
+        with torch.autocast(x.device.type, enabled=False):
+            return CONVOLUTIONS[rank](x.float(), weight.float(), None if bias is None else bias.float(), *settings)
+    return CONVOLUTIONS[rank](x, weight, bias, *settings)
 
 
 @operator("ConvTranspose")
