@@ -23,7 +23,9 @@ def demo(
     """Zip a digit and a fashion classifier into one network, offline, on the CPU."""
     from importlib.resources import as_file, files
 
-    from onnxmerge.methods.zip import ZipSettings, zip_models
+    from onnxmerge.methods.zip import zip_models
+    from onnxmerge.methods.zip_choices import Start
+    from onnxmerge.methods.zip_settings import ZipSettings
 
     with as_file(files("onnxmerge.demo")) as folder, Bars(quiet) as bars:
         tasks = ("digits", "fashion")
@@ -31,7 +33,7 @@ def demo(
             [folder / f"{task}.onnx" for task in tasks],
             {task: folder / f"{task}.yaml" for task in tasks},
             output,
-            settings=ZipSettings(steps=steps, seed=seed),
+            settings=ZipSettings(steps=steps, seed=seed, starts=(Start.SUBSPACE,)),  # one start: a minute is enough
             overwrite=overwrite,
             progress=bars,
         )

@@ -38,8 +38,11 @@ from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Mode, Start
 from onnxmerge.methods.zip_settings import ZipSettings
 from onnxmerge.report.provenance import hardware, library_versions, sha256
-from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, TaskScore
+from onnxmerge.report.schema import Candidate, LayerSimilarity, Result
 from onnxmerge.report.write import write_report
+
+_CHOOSING = 2000
+"""Held-out samples that decide which start is calibrated."""
 
 
 def zip_models(
@@ -141,6 +144,7 @@ class _Run:
         self.shelf, self.recipe, self.progress = shelf, json.loads(json.dumps(recipe)), progress
         self.fitting = Fitting(settings.samples, settings.seed, settings.threads, temporary, progress, settings.weights)
         self.judge = Judge(tasks, temporary, settings.threads)
+        self.chooser = Judge(tasks, temporary / "chooser", settings.threads, samples=_CHOOSING, seed=settings.seed)
         self.bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
         self.aligned: dict[str, Aligned] = {}
         self.stems = Stems(sharable, self.aligned, tasks, self.fitting)
@@ -169,11 +173,10 @@ class _Run:
         if k > 0 and self.settings.mode is Mode.COMPUTE:
             self._align()
         self.progress.stage(f"{name}: fit", None)
-        start, merged, scores = self._closed_form(planned)
+        start, merged = self._closed_form(planned)
         losses: list[tuple[int, float]] = []
         if self.settings.steps and k > 0:
             losses = self._calibrate(name, merged, self.settings.steps)
-            scores = self.judge.score(merged)
         path = self.shelf.model_path(name)
         metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
         save(merged, path, metadata | {"onnxmerge.share": str(k)})
@@ -184,7 +187,7 @@ class _Run:
             parameters=parameter_count(merged),
             bytes=stored_bytes(path),
             macs=size_of([merged]).macs if self.settings.mode is Mode.COMPUTE else self.plan.originals.macs,
-            tasks=scores,
+            tasks=self.judge.score(merged),
             steps=self.settings.steps if losses else 0,
             seconds=time.perf_counter() - begun,
             start=None if start is None else start.value,
@@ -212,23 +215,22 @@ class _Run:
                 )
                 self.progress.advance(task.name)
 
-    def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model, dict[str, TaskScore]]:
-        """The best of the settings' starts by its worst task on held-out samples."""
+    def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model]:
+        """The best of the settings' starts by its worst task on some held-out samples."""
         if not planned.units:
-            merged = merged_structure(self.sharable, self.tasks, None, Widths())
-            return None, merged, self.judge.score(merged)
+            return None, merged_structure(self.sharable, self.tasks, None, Widths())
         if self.settings.mode is Mode.WEIGHTS:
-            merged = self._shared_weights(planned)
-            return None, merged, self.judge.score(merged)
+            return None, self._shared_weights(planned)
         cut = self.sharable.cuts[planned.units - 1]
         tried = []
         own = bool(planned.channels or planned.private)
         for start in (Start.SUBSPACE,) if own else self.settings.starts:
             stem = self.stems.up_to(cut, start, planned.widths)
             tails = fit_tails(self.sharable, self.tasks, stem, cut, self.fitting)
-            merged = stem.attach(tails)
-            tried.append((start, merged, self.judge.score(merged)))
-        return min(tried, key=lambda candidate: worst_drop(candidate[2]))
+            tried.append((start, stem.attach(tails)))
+        if len(tried) == 1:
+            return tried[0]
+        return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])))
 
     def _shared_weights(self, planned: PlannedCandidate) -> oir.Model:
         def after(merged: oir.Model, layer: str) -> None:

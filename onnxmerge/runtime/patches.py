@@ -9,7 +9,7 @@ from onnxmerge.ir.layers import Layer
 
 ROWS_PER_UNKNOWN = 64
 """Rows gathered for each unknown of a regression; neighbouring positions are alike, so more add little."""
-_FEWEST, _MOST = 8, 48
+_FEWEST, _MOST = 8, 192
 """Bounds of the output positions taken from one sample."""
 
 
