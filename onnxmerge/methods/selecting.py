@@ -170,7 +170,7 @@ class _Union:
         start = 0
         for number in self.members:
             name, slots = place.members[number]
-            root, end = _root(self._models[number], name, slots), start + len(slots.index)
+            root, end = reading_root(self._models[number], name, slots), start + len(slots.index)
             spread = float(np.vdot(root, covariance[start:end, start:end] @ root))
             self._roots[number].append(root * (np.sqrt(self._shares[number] / spread) if spread > 0 else 0.0))
             start = end
@@ -217,7 +217,7 @@ def _placed(chosen: Sequence[int], count: int) -> list[int]:
     return [place if place in stay else next(others) for place in range(count)]
 
 
-def _root(model: oir.Model, name: str, slots: Slots) -> np.ndarray:
+def reading_root(model: oir.Model, name: str, slots: Slots) -> np.ndarray:
     """[channels, r]: L with L L' = sum W W' over the layers that read the value `name`, and over a channel's slots."""
     columns = [np.zeros((len(slots.index), 0))]
     for layer in find_layers(model):

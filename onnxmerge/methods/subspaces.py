@@ -10,7 +10,7 @@ from scipy.linalg import block_diag
 
 from onnxmerge.ir.spaces import Slots, Space, find_spaces
 from onnxmerge.methods.alignment import Aligned
-from onnxmerge.methods.selecting import _root
+from onnxmerge.methods.selecting import reading_root
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.union import Union
 from onnxmerge.passes.roles import LAYERS, MOVES, read_axis
@@ -252,7 +252,7 @@ def _readers(union: Union, network: str, space: Space, value: str) -> tuple[np.n
         if slots is None:
             skipped = True
             continue
-        columns.append(_root(model, name, slots))
+        columns.append(reading_root(model, name, slots))
         for node, _ in values[name].uses():
             if node.op_type in ("Add", "Sum", "Mul", "Concat"):
                 skipped = True

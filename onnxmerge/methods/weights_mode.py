@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.compose import cut_out, rename_value
+from onnxmerge.ir.compose import rename_value
 from onnxmerge.ir.units import find_units
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
-from onnxmerge.methods.alignment import Aligned, Cut, Sharable
+from onnxmerge.methods.alignment import Aligned, Sharable
 from onnxmerge.methods.progress import Progress, Silent
+from onnxmerge.methods.tails import own_tail
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.weights_plan import Extent, Share, find_extent, is_whole
 from onnxmerge.methods.weights_settings import WeightSharing
@@ -93,7 +94,7 @@ class _Merging:
         assert extent.cut is not None
         self.tasks, self.extent, self.cut, self.sharing, self.folder = tasks, extent, extent.cut, sharing, folder
         self.streams = {task.name: _stream(sharable, aligned, task, extent, sharing) for task in tasks}
-        self.tails = {task.name: _own_tail(task, extent.cut).clone() for task in tasks}
+        self.tails = {task.name: own_tail(task, extent.cut).clone() for task in tasks}
 
     def run(self, after: After | None, progress: Progress) -> oir.Model:
         """Walk the stem; `after` may train in between."""
@@ -144,7 +145,7 @@ class _Merging:
         arriving = store(
             stream.student, stream.feeds, [self.cut.unit.cut], folder / "student", threads=self.sharing.threads
         )
-        teacher, student = _own_tail(task, self.cut), self._ordered_tail(task)
+        teacher, student = own_tail(task, self.cut), self._ordered_tail(task)
         cuts = [unit.cut for unit in find_units(task.model)]
         values = {name: name for name in _computed(teacher)} | {_ARRIVING: theirs}
         samples = Renamed(arriving, {self.cut.unit.cut: _ARRIVING})
@@ -178,10 +179,6 @@ def _stream(
     feeds = task.feeds(split, sharable.reference)
     orders = {space.name: alignment[space.name] for space in extent.spaces}
     return Stream(stem, stem.clone(), feeds, task.feeds(split, task), len(split), orders)
-
-
-def _own_tail(task: Task, cut: Cut) -> oir.Model:
-    return cut_out(task.model, [cut.names[task.name]], task.outputs)
 
 
 def _computed(model: oir.Model) -> list[str]:
