@@ -18,12 +18,16 @@ from datasets import SHARED, cifar
 
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.methods.alignment import align, find_sharable
+from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.progress import Silent
-from onnxmerge.methods.stem import Fitting, Start, fit_tails, fuse_stem
+from onnxmerge.methods.stem import Stems
+from onnxmerge.methods.structure import Widths
+from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import load_networks, with_data
+from onnxmerge.methods.zip_choices import Start
 
 MODELS = [SHARED / "models" / f"{name}.onnx" for name in ("resnet20_cifar10", "resnet20_cifar100")]
-STAGES = ("nothing", "load", "spaces", "statistics and align", "fuse the stem", "fit the tails, k = 4")
+STAGES = ("nothing", "load", "spaces", "statistics and align", "fuse the stem, k = 4", "fit the tails, k = 4")
 
 
 def measure(stage: str, folder: Path) -> None:
@@ -49,11 +53,11 @@ def measure(stage: str, folder: Path) -> None:
             aligned = pickle.loads(stored.read_bytes())
     if wanted == 4:
         begun = time.perf_counter()
-        fuse_stem(sharable, aligned, tasks, Start.LEAST_SQUARES, fitting)
+        Stems(sharable, aligned, tasks, fitting).up_to(sharable.cuts[3], Start.SUBSPACE, Widths())
     if wanted == 5:
-        stem = fuse_stem(sharable, aligned, tasks, Start.AVERAGE, fitting)
+        stem = Stems(sharable, aligned, tasks, fitting).up_to(sharable.cuts[3], Start.AVERAGE, Widths())
         begun = time.perf_counter()
-        fit_tails(sharable, aligned, tasks, stem, sharable.cuts[3], Start.AVERAGE, fitting)
+        fit_tails(sharable, tasks, stem, sharable.cuts[3], fitting)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(f"{time.perf_counter() - begun:.3f} {peak:.0f}")
 

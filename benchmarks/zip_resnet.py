@@ -1,7 +1,7 @@
 """resnet20_cifar10 + resnet20_cifar100, calibrated on CIFAR-10 images without labels.
 
 python benchmarks/zip_resnet.py sequence --steps 100     the full sequence k = 0..10, with latency
-python benchmarks/zip_resnet.py three --steps 0 1000     conv1 and 3 of 9 blocks shared
+python benchmarks/zip_resnet.py three --steps 0 1000     conv1 and 3 of 9 blocks shared; six: 6 of 9
 python benchmarks/zip_resnet.py yardstick                how much independent networks agree
 """
 
@@ -16,7 +16,7 @@ from datasets import CACHE, SHARED, cifar
 
 import onnxmerge
 from onnxmerge.calibration.module import GraphModule
-from onnxmerge.methods.stem import Start
+from onnxmerge.methods.zip_choices import Start
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.runtime.session import open_session, run
 
@@ -24,10 +24,10 @@ TEN, HUNDRED = "resnet20_cifar10", "resnet20_cifar100"
 MODELS = [SHARED / "models" / f"{name}.onnx" for name in (TEN, HUNDRED)]
 
 
-def zipped(share: str, steps: int, seed: int, folder: str, *, measure: bool) -> Result:
+def zipped(share: str, steps: int, seed: int, start: Start, folder: str, *, measure: bool) -> Result:
     images, labelled = cifar(labels=False), cifar(labels=True)
     settings = onnxmerge.ZipSettings(
-        share=share, steps=steps, seed=seed, measure=measure, starts=(Start.LEAST_SQUARES,)
+        share=share, steps=steps, seed=seed, measure=measure, starts=(start,), max_drop=None
     )
     # the CIFAR-10 network reads the same images with labels, so that its accuracy is known; no step trains with them
     return onnxmerge.zip_models(
@@ -95,19 +95,20 @@ def yardstick() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["sequence", "three", "yardstick"])
+    parser.add_argument("what", choices=["sequence", "three", "six", "yardstick"])
     parser.add_argument("--steps", type=int, nargs="+", default=[0])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--start", type=Start, choices=list(Start), default=Start.SUBSPACE)
     options = parser.parse_args()
     if options.what == "yardstick":
         yardstick()
         return
-    share, measure = ("auto", True) if options.what == "sequence" else ("4", False)
+    share, measure = {"sequence": "auto", "three": "4", "six": "7"}[options.what], options.what == "sequence"
     rows = []
     for steps in options.steps:
         for seed in range(options.seeds):
-            folder = f"resnet-{options.what}-{steps}-{seed}"
-            result = zipped(share, steps, seed, folder, measure=measure)
+            folder = f"resnet-{options.start}-{options.what}-{steps}-{seed}"
+            result = zipped(share, steps, seed, options.start, folder, measure=measure)
             rows += [[seed, *row(candidate)] for candidate in result.candidates]
             print(markdown.table(["seed", *HEADER], rows), flush=True)
 
