@@ -17,7 +17,7 @@ import argparse
 import itertools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -206,9 +206,14 @@ def network(task: str, seed: int = 0) -> Path:
     return trained(residual_network, task, seed, EPOCHS[task], FOLDER / f"seed{seed}" / f"{task}.onnx", bfloat16=True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def train_all(doc: str | None, tasks: Iterable[str], network: Callable[[str, int], Path]) -> None:
+    """The command of a file of networks: train those of one seed that are not there."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for task in TASKS:
+    for task in tasks:
         network(task, options.seed)
+
+
+if __name__ == "__main__":
+    train_all(__doc__, TASKS, network)

@@ -7,11 +7,10 @@ convolution with a stride of 1 (otherwise the last maps were one pixel), trained
 slower for depthwise convolutions. Run as a script it trains one seed; on one quiet core that takes about ten minutes.
 """
 
-import argparse
 from pathlib import Path
 
 from datasets import CACHE
-from five_tasks import COLOURS, trained
+from five_tasks import COLOURS, train_all, trained
 from torch import nn
 
 FOLDER = CACHE / "mobilenets"
@@ -42,8 +41,4 @@ def _layer(inside: int, out: int, kernel: int, stride: int = 1, groups: int = 1)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    for task in EPOCHS:
-        mobilenet(task, options.seed)
+    train_all(__doc__, EPOCHS, mobilenet)

@@ -16,14 +16,13 @@ an interrupted run goes on from there; `--finished` prints the table of what the
 has changed.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
 
 import markdown
 from datasets import CACHE
 from five_tasks import TASKS, network
-from zip_mobilenets import WAYS, Cost, Made, Series, drops, spread, width_of
+from zipping import Cost, Made, Series, drops, make_all, parser_of, spread, width_of
 
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.load import load
@@ -115,21 +114,11 @@ def _lost(candidates: Sequence[Candidate]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser = parser_of(__doc__, [1.0, 1.25])
     parser.add_argument("--shared", type=int, nargs="+", default=[8, 9, 10])
-    parser.add_argument("--widths", type=float, nargs="+", default=[1.0, 1.25])
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--finished", action="store_true", help="show what is in the cache, make nothing")
-    parser.add_argument("--cost", action="store_true", help="measure latency and memory again")
     options = parser.parse_args()
     series = Series(FOLDER, TASKS, network, options.shared, options.widths, options.steps, options.finished)
-    made: dict[str, list[dict[str, Candidate]]] = {way: [] for way in options.ways}
-    for seed in range(options.seeds):
-        for way in options.ways:
-            made[way].append(series.candidates(way, seed))
-    show(series, made, options.cost)
+    show(series, make_all(series, options.ways, options.seeds), options.cost)
 
 
 if __name__ == "__main__":

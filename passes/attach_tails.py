@@ -37,22 +37,38 @@ class AttachTails(oir.passes.FunctionalPass):
         order = [v.name or "" for v in stem.outputs]
         cut = bind | splice(merged, stem, bind, SHARED)
         for task, tail in self.tails.items():
-            piece = tail.clone().graph
-            names = [v.name or "" for v in piece.outputs]
-            arriving = {
-                v.name or "": cut[name] for v, name in zip(piece.inputs, self.reads.get(task, order), strict=True)
-            }
-            outputs = splice(merged, piece, arriving, f"{task}/")
-            for name in names:
-                value = outputs[name]
-                if value.name != f"{task}/{name}":  # the tail is empty or passes its input through
-                    through = oir.node("Identity", [value])
-                    merged.append(through)
-                    value = through.outputs[0]
-                    value.name = f"{task}/{name}"
-                merged.outputs.append(value)
+            attach_tail(merged, task, tail, [cut[name] for name in self.reads.get(task, order)])
         composed = oir.Model(merged, ir_version=model.ir_version or 8, producer_name="onnxmerge")
         return oir.passes.PassResult(finish(composed), modified=True)
+
+
+def attach_tail(graph: oir.Graph, task: str, tail: oir.Model, arriving: Sequence[oir.Value]) -> None:
+    """Put a copy of `tail` behind values of `graph`, in place; its outputs become `TASK/output`.
+
+    Args:
+        graph: the graph that grows.
+        task: the prefix.
+        tail: stays as it is.
+        arriving: for each of its inputs what it reads.
+    """
+    piece = tail.clone().graph
+    names = [value.name or "" for value in piece.outputs]
+    bind = {value.name or "": own for value, own in zip(piece.inputs, arriving, strict=True)}
+    outputs = splice(graph, piece, bind, f"{task}/")
+    for name in names:
+        value = outputs[name]
+        if value.name != f"{task}/{name}":  # the tail is empty or passes its input through
+            through = oir.node("Identity", [value])
+            graph.append(through)
+            value = through.outputs[0]
+            value.name = f"{task}/{name}"
+        graph.outputs.append(value)
+
+
+def unshared(models: Mapping[str, oir.Model]) -> oir.Model:
+    """Whole networks beside each other by their names; they share the inputs, called as those of the first."""
+    merged: oir.Model = AttachTails(models)(bare_stem(next(iter(models.values())))).model
+    return merged
 
 
 def bare_stem(model: oir.Model) -> oir.Model:

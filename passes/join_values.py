@@ -13,7 +13,7 @@ import onnx_ir as oir
 from onnxmerge.ir.compose import finish
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.weights import add_initializer
-from onnxmerge.passes.attach_tails import AttachTails, bare_stem
+from onnxmerge.passes.attach_tails import unshared
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class JoinValues(oir.passes.FunctionalPass):
     """Join values of the model it is called on, the first network, and of others that read the same inputs.
 
     The inputs keep the names that they have in the first network, the others' are bound in order; a network's own nodes
-    and values get its name as prefix. The output is the last of the joined
-    values.
+    and values get its name as prefix. The output is the last
+    of the joined values.
 
     Args:
         name: of the model it is called on.
@@ -48,7 +48,7 @@ class JoinValues(oir.passes.FunctionalPass):
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """A new graph; the networks stay as they are."""
-        joined: oir.Model = AttachTails({self.name: model, **self.others})(bare_stem(model)).model
+        joined = unshared({self.name: model, **self.others})
         computed = {output.name or "": output for node in joined.graph for output in node.outputs}
         for value in self.values:
             parts = [computed[f"{network}/{theirs}"] for network, theirs in value.parts.items()]

@@ -23,6 +23,7 @@ from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.weights import get_array, set_array
 from onnxmerge.runtime.activations import BATCH, Arrays, OnDisk, Samples, Stored, keep, lockstep, store, stream
+from onnxmerge.runtime.heap import return_memory
 from onnxmerge.runtime.patches import (
     Positions,
     channel_axis,
@@ -33,7 +34,7 @@ from onnxmerge.runtime.patches import (
     weight_array,
     weight_matrix,
 )
-from onnxmerge.runtime.statistics import Regression, return_memory
+from onnxmerge.runtime.statistics import Regression
 
 Solve = Callable[[Layer, Sequence[Regression], np.ndarray], np.ndarray]
 """(layer, statistics of each teacher, current weights [groups, fan in + 1, outputs]) -> new weights.
@@ -215,21 +216,15 @@ class Refit(oir.passes.InPlacePass):
         waves = []
         waiting = [layer for layer in find_layers(piece) if layer.op != "ConvTranspose"]
         while waiting:
-            ancestors = _ancestors(piece, {layer.node for layer in waiting})
+            ancestors = depends_on(piece, {layer.node for layer in waiting})
             ready = [layer for layer in waiting if not ancestors[layer.input]]
-            fits = [self._fit(layer, ancestors) for layer in ready]
+            fits = [_Fit(layer, *self._target(layer, ancestors)) for layer in ready]
             waves.append([fit for fit in fits if any(fit.target in t.values for t in teachers.values())])
             waiting = [layer for layer in waiting if layer not in ready]
         return [wave for wave in waves if wave]
 
-    def _fit(self, layer: Layer, unfinished: Mapping[oir.Value, bool]) -> _Fit:
-        uses = list(layer.linear.uses())
-        if self.compensate and len(uses) == 1 and uses[0][0].op_type == "Add":
-            add, index = uses[0]
-            other = add.inputs[1 - index]
-            if other is not None and other.const_value is None and not unfinished[other]:
-                return _Fit(layer, add.outputs[0].name or "", other.name)
-        return _Fit(layer, layer.linear.name or "", None)
+    def _target(self, layer: Layer, unfinished: Mapping[oir.Value, bool]) -> tuple[str, str | None]:
+        return target_of(layer, unfinished) if self.compensate else (layer.linear.name or "", None)
 
     def _observe(
         self, teacher: Teacher, waves: Sequence[_Wave], examples: Arrays, cut: str | None, folder: Path
@@ -317,13 +312,28 @@ def _sharing(teachers: Mapping[str, Teacher]) -> list[list[str]]:
     return list(found.values())
 
 
-def _ancestors(piece: oir.Model, unfinished: set[oir.Node]) -> dict[oir.Value, bool]:
-    """For each computed value whether an unfinished layer stands before it."""
+def depends_on(piece: oir.Model, unfinished: set[oir.Node]) -> dict[oir.Value, bool]:
+    """For each input and computed value whether one of the nodes `unfinished` stands before it."""
     depends = dict.fromkeys(piece.graph.inputs, False)
     for node in piece.graph:
         late = node in unfinished or any(depends.get(v, False) for v in node.inputs if v is not None)
         depends |= dict.fromkeys(node.outputs, late)
     return depends
+
+
+def target_of(layer: Layer, unfinished: Mapping[oir.Value, bool]) -> tuple[str, str | None]:
+    """The value whose teacher is the layer's target, and a final value to subtract from it.
+
+    Where a layer's output is added to a value that is final, as a branch is to its skip, these are the sum and that
+    value; else the layer's output, and none. `unfinished`: see `depends_on`.
+    """
+    uses = list(layer.linear.uses())
+    if len(uses) == 1 and uses[0][0].op_type == "Add":
+        add, index = uses[0]
+        other = add.inputs[1 - index]
+        if other is not None and other.const_value is None and not unfinished[other]:
+            return add.outputs[0].name or "", other.name
+    return layer.linear.name or "", None
 
 
 def weights_and_bias(layer: Layer) -> np.ndarray:

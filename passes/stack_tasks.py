@@ -20,11 +20,11 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.errors import ModelError
-from onnxmerge.ir.compose import finish, splice
+from onnxmerge.ir.compose import finish
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
-from onnxmerge.passes.attach_tails import SHARED
+from onnxmerge.passes.attach_tails import SHARED, attach_tail
 from onnxmerge.passes.roles import read_axis
 from onnxmerge.passes.weight_parts import PRIVATE, TO_SHARED, Part, cut_up, put_together
 from onnxmerge.runtime.patches import channel_axis
@@ -97,24 +97,9 @@ class StackTasks(oir.passes.FunctionalPass):
             streams.add(copies)
         ends = [streams.own(value.name or "") for value in model.graph.outputs]
         for number, task in enumerate(stems):
-            _attach(graph, task, self.tails[task], [end[number] for end in ends])
+            attach_tail(graph, task, self.tails[task], [end[number] for end in ends])
         composed = oir.Model(graph, ir_version=model.ir_version or 8, producer_name="onnxmerge")
         return oir.passes.PassResult(finish(composed), modified=True)
-
-
-def _attach(graph: oir.Graph, task: str, tail: oir.Model, arriving: Sequence[oir.Value]) -> None:
-    piece = tail.clone().graph
-    names = [value.name or "" for value in piece.outputs]
-    bind = {value.name or "": own for value, own in zip(piece.inputs, arriving, strict=True)}
-    outputs = splice(graph, piece, bind, f"{task}/")
-    for name in names:
-        value = outputs[name]
-        if value.name != f"{task}/{name}":  # the tail is empty or passes its input through
-            through = oir.node("Identity", [value])
-            graph.append(through)
-            value = through.outputs[0]
-            value.name = f"{task}/{name}"
-        graph.outputs.append(value)
 
 
 @dataclass

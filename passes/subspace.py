@@ -118,7 +118,7 @@ def choose_subspace(sights: Sequence[Sight], width: int, seed: int) -> Subspace:
 
 def choose_channels(sights: Sequence[Sight], width: int) -> Subspace:
     """The best selection of `width` channels, of which none is mixed with another."""
-    readings = [Reading(_covariance(sight.read()), sight.root.astype(np.float64)) for sight in sights]
+    readings = [Reading(covariance_of(sight.read()), sight.root.astype(np.float64)) for sight in sights]
     mix = np.zeros((width, sights[0].rows.shape[1]), np.float32)
     chosen = sorted(select_channels(readings, min(width, mix.shape[1])))
     mix[np.arange(len(chosen)), chosen] = 1
@@ -137,7 +137,7 @@ def choose_private(subspace: Subspace, sights: Sequence[Sight], own: slice, coun
     readings = []
     for sight in sights:
         made, wanted = _with_ones(_made(subspace, sight)), sight.read()[:, own]
-        readings.append(Reading(_covariance(wanted - made @ _best(made, wanted)), sight.root[own].astype(np.float64)))
+        readings.append(Reading(covariance_of(wanted - made @ _best(made, wanted)), sight.root[own].astype(np.float64)))
     rows = np.zeros((count, subspace.mix.shape[1]), subspace.mix.dtype)
     chosen = sorted(select_channels(readings, count))
     rows[np.arange(len(chosen)), own.start + np.asarray(chosen, np.int64)] = 1
@@ -162,17 +162,23 @@ def _made(subspace: Subspace, sight: Sight) -> np.ndarray:
     return shared if sight.bend is None else sight.bend(shared)
 
 
-def _covariance(rows: np.ndarray) -> np.ndarray:
+def covariance_of(rows: np.ndarray) -> np.ndarray:
+    """[n, n]"""
     centred = rows - rows.mean(0)
     return (centred.T @ centred).astype(np.float64) / len(rows)
 
 
+def root_of(matrix: np.ndarray) -> np.ndarray:
+    """L with L L' the matrix, which is symmetric and has no negative eigenvalues but by rounding."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+
+
 def _leading(sights: Sequence[Sight], width: int) -> Subspace:
     """The leading eigenvectors of L' K L, as channels of unit variance; best where nothing is nonlinear."""
-    covariance = np.mean([_covariance(sight.rows) for sight in sights], axis=0)
+    covariance = np.mean([covariance_of(sight.rows) for sight in sights], axis=0)
     wanted = np.sum([sight.root @ sight.root.T for sight in sights], axis=0).astype(np.float64)
-    values, vectors = np.linalg.eigh(wanted)
-    root = vectors * np.sqrt(np.maximum(values, 0))
+    root = root_of(wanted)
     _, axes = np.linalg.eigh(root.T @ covariance @ root)
     mix = (root @ axes[:, ::-1][:, :width]).T
     spread = np.sqrt(np.maximum(np.einsum("sn,nm,sm->s", mix, covariance, mix), 0))

@@ -14,7 +14,7 @@ from onnxmerge.methods.zip_choices import Mode, Pairing, Rule, Start
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from onnxmerge.methods.plan import Predicted
+    from onnxmerge.methods.structure import Size
 
 
 @reports_errors
@@ -166,9 +166,7 @@ def _print_plan(plan: object, as_json: bool) -> None:
     console.print(f"At most {len(plan.units)} units can be shared: {plan.limit}.")
 
 
-def _add_row(
-    table: "Table", name: str, units: str, last: str, size: "Predicted | None", originals: "Predicted"
-) -> None:
+def _add_row(table: "Table", name: str, units: str, last: str, size: "Size | None", originals: "Size") -> None:
     assert size is not None
     known = size.macs is not None and originals.macs is not None
     table.add_row(

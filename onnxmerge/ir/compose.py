@@ -80,6 +80,11 @@ def chain(first: oir.Model, second: oir.Model, prefix: str) -> oir.Model:
     return whole
 
 
+def value_names(model: oir.Model) -> list[str]:
+    """The graph's inputs and what its nodes compute, in order."""
+    return [v.name or "" for v in model.graph.inputs] + [o.name or "" for node in model.graph for o in node.outputs]
+
+
 def prefix_names(graph: oir.Graph, prefix: str) -> None:
     """Put `prefix` before the name of every node, value and initializer, those of sub-graphs included, in place."""
     values: dict[oir.Value, None] = {}

@@ -50,6 +50,10 @@ class Sharable:
     limit: str
     stem: oir.Model | None = None
 
+    def up_to(self, cut: Cut) -> oir.Model:
+        """The reference's network up to `cut`."""
+        return cut_out(self.reference.model, self.reference.inputs, [cut.unit.cut])
+
 
 @dataclass
 class Aligned:
@@ -89,11 +93,15 @@ def find_sharable(tasks: Sequence[Network]) -> Sharable:
             cuts.append(Cut(unit, *place, names))
     sharable = Sharable(reference, cuts, [], partners, limit)
     if cuts:
-        last = cuts[-1].unit.cut
-        sharable.stem = cut_out(reference.model, reference.inputs, [last])
-        found = find_spaces(sharable.stem, frozenset([last])).permutable()
-        sharable.spaces = [space for space in found if not space.blocks]  # blocks keep their order, what is in them not
+        sharable.stem = sharable.up_to(cuts[-1])
+        sharable.spaces = stem_spaces(sharable.stem)
     return sharable
+
+
+def stem_spaces(stem: oir.Model) -> list[Space]:
+    """The channel spaces of a stem, whose outputs are open; blocks keep their order, what is in them not."""
+    ends = frozenset(value.name or "" for value in stem.graph.outputs)
+    return [space for space in find_spaces(stem, ends).permutable() if not space.blocks]
 
 
 def _covers(found: Correspondence, stem: oir.Model) -> bool:

@@ -1,10 +1,10 @@
 """The bounds that a merged model must keep, and which candidate is chosen within them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnxmerge.methods.plan import PlannedCandidate
-from onnxmerge.report.schema import Candidate, TaskScore
+from onnxmerge.report.schema import Candidate
 
 _DOUBT = 0.7
 """A candidate is not made when its predicted speed-up is below this share of what is asked: latency follows MACs only
@@ -44,14 +44,14 @@ class Bounds:
         within = [c for c in candidates if not self.missed(c)]
         budget = self.max_bytes is not None or self.min_speedup is not None
         if self.max_drop is None and budget:
-            return min(within, key=lambda c: (worst_drop(c.tasks), -c.share), default=None)
+            return min(within, key=lambda c: (c.worst_drop or 0.0, -c.share), default=None)
         if all(c.macs is not None for c in within):
             return min(within, key=lambda c: (c.macs or 0, -c.share), default=None)
         return max(within, key=lambda c: c.share, default=None)
 
     def missed(self, candidate: Candidate) -> list[str]:
         """One clause for each bound that the candidate does not keep."""
-        found, drop, speedup = [], worst_drop(candidate.tasks), self.speedup(candidate)
+        found, drop, speedup = [], candidate.worst_drop or 0.0, self.speedup(candidate)
         if self.max_drop is not None and drop > self.max_drop:
             found.append(f"its worst task loses {drop:.4f} (--max-drop {self.max_drop:g})")
         if self.max_bytes is not None and candidate.bytes > self.max_bytes:
@@ -80,14 +80,9 @@ class Bounds:
         """The largest relative distance to a bound."""
         ratios = [0.0]
         if self.max_drop is not None:
-            ratios.append(worst_drop(candidate.tasks) - self.max_drop)
+            ratios.append((candidate.worst_drop or 0.0) - self.max_drop)
         if self.max_bytes is not None:
             ratios.append(candidate.bytes / self.max_bytes - 1)
         if self.min_speedup is not None:
             ratios.append(self.min_speedup / (self.speedup(candidate) or 1e-9) - 1)
         return max(ratios)
-
-
-def worst_drop(scores: Mapping[str, TaskScore]) -> float:
-    """The largest drop of any task; 0 when none was scored."""
-    return max((score.drop for score in scores.values() if score.drop is not None), default=0.0)

@@ -9,6 +9,7 @@ import onnx_ir as oir
 from onnx_ir.passes import common
 
 from onnxmerge.errors import ModelError
+from onnxmerge.ir.compose import value_names
 from onnxmerge.ir.correspond import correspond
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.shapes import infer_shapes
@@ -89,8 +90,7 @@ class Counterpart:
 def reference_itself(reference: Task, spaces: Sequence[Space]) -> Counterpart:
     """The reference as its own counterpart."""
     model = reference.model
-    names = [v.name or "" for v in model.graph.inputs] + [o.name or "" for node in model.graph for o in node.outputs]
-    values = {name: name for name in names}
+    values = {name: name for name in value_names(model)}
     same = {space.name: space for space in spaces}
     constants = {name: name for name in model.graph.initializers}
     maps = {space.name: ChannelMap.from_permutation(np.arange(space.size)) for space in spaces}

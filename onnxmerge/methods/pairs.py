@@ -12,8 +12,9 @@ from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.task import Network, Task
 from onnxmerge.runtime.activations import BATCH, Arrays, Samples, Stored, keep, lockstep
+from onnxmerge.runtime.heap import return_memory
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
-from onnxmerge.runtime.statistics import PairStatistics, return_memory
+from onnxmerge.runtime.statistics import PairStatistics
 
 
 def pair_statistics(

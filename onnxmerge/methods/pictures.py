@@ -65,12 +65,13 @@ def _images(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """[samples, channels, height, width] of the merged file and of the original; None where no output is an image."""
     names = task_outputs([task])[task.name]
-    original, whole = open_session(task.path, threads=threads), open_session(merged, threads=threads)
-    inputs = dict(zip(task.inputs, (value.name for value in whole.get_inputs()), strict=True))
+    original = open_session(task.path, threads=threads)
     theirs = _joined([run(original, batch.inputs) for batch in batches])
     place = next((n for n, array in enumerate(theirs.values()) if is_image(array)), None)
     if place is None:
         return None
+    whole = open_session(merged, threads=threads)
+    inputs = dict(zip(task.inputs, (value.name for value in whole.get_inputs()), strict=True))
     feeds = [{new: batch.inputs[old] for old, new in inputs.items()} for batch in batches]
     ours = _joined([run(whole, feed, [names[place]]) for feed in feeds])
     return ours[names[place]], list(theirs.values())[place]

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.layers import find_layers
-from onnxmerge.methods.alignment import Sharable
-from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of, stem_spaces
+from onnxmerge.methods.alignment import Sharable, stem_spaces
+from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of
 from onnxmerge.methods.task import Network
 from onnxmerge.methods.weights_plan import predicted_bytes
 from onnxmerge.methods.zip_choices import Mode
@@ -29,14 +29,6 @@ class PlannedUnit(_Part):
     macs: int | None
 
 
-class Predicted(_Part):
-    """What a model will take: numbers, bytes of all arrays, multiply-accumulates for one sample."""
-
-    parameters: int
-    bytes: int
-    macs: int | None
-
-
 class PlannedCandidate(_Part):
     """One merged model to make. To edit a plan, change, add or remove candidates; `predicted` may be left out."""
 
@@ -47,7 +39,7 @@ class PlannedCandidate(_Part):
     """By space, how many channels its shared part has, where not as many as the first network."""
     private: dict[str, int] = Field(default_factory=dict)
     """By space, how many more channels each task computes for itself, from the shared ones and its own."""
-    predicted: Predicted | None = None
+    predicted: Size | None = None
 
     @property
     def widths(self) -> Widths:
@@ -68,7 +60,7 @@ class Plan(_Part):
     spaces: dict[str, int]
     """The channel spaces of the deepest stem, and how many channels the first network has in each."""
     candidates: list[PlannedCandidate]
-    originals: Predicted
+    originals: Size
     """All networks together."""
 
     def to_json(self) -> str:
@@ -118,7 +110,7 @@ def make_plan(
         limit=sharable.limit,
         spaces={space.name: space.size for space in sharable.spaces},
         candidates=[],
-        originals=_predicted(size_of([task.model for task in tasks])),
+        originals=size_of([task.model for task in tasks]),
     )
     plan.candidates = _replayed(Path(share), plan) if Path(share).suffix == ".json" else []
     for k in [] if plan.candidates else _numbers(share, plan):
@@ -133,7 +125,7 @@ def make_plan(
                 update={"bytes": size, "parameters": plan.originals.parameters - saved // 4}
             )
         else:
-            candidate.predicted = _predicted(_structure_size(tasks, sharable, candidate))
+            candidate.predicted = _structure_size(tasks, sharable, candidate)
     return plan
 
 
@@ -142,7 +134,7 @@ def _candidate(sharable: Sharable, k: int, width: float, share: float) -> Planne
     if width == share == 1:
         return PlannedCandidate(name=name, units=k)
     channels, private = {}, {}
-    for space in stem_spaces(sharable, sharable.cuts[k - 1]):
+    for space in stem_spaces(sharable.up_to(sharable.cuts[k - 1])):
         total = max(1, round(width * space.size))
         channels[space.name] = max(1, round(share * total))
         private[space.name] = total - channels[space.name]
@@ -155,10 +147,6 @@ def _structure_size(tasks: Sequence[Network], sharable: Sharable, candidate: Pla
         return size_of([merged_structure(sharable, tasks, cut, candidate.widths)])
     except ModelError as error:
         raise ModelError(f"{candidate.name}: its stem cannot have these widths: {error}") from error
-
-
-def _predicted(size: Size) -> Predicted:
-    return Predicted(parameters=size.parameters, bytes=size.bytes, macs=size.macs)
 
 
 def _numbers(share: str, plan: Plan) -> list[int]:

@@ -15,8 +15,9 @@ from onnxmerge.methods.pairs import walk
 from onnxmerge.passes.channel_map import ChannelMap, target_channels
 from onnxmerge.passes.select_channels import Reading, predictions, select_channels
 from onnxmerge.runtime.activations import Arrays
+from onnxmerge.runtime.heap import return_memory
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
-from onnxmerge.runtime.statistics import Moments, return_memory
+from onnxmerge.runtime.statistics import Moments
 
 
 def select(

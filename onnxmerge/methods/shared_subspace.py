@@ -1,7 +1,7 @@
 """A stem in the shared subspace of its networks: each of its spaces a linear map of all their channels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as oir
@@ -12,7 +12,7 @@ from onnxmerge.ir.weights import get_array, set_array
 from onnxmerge.methods.alignment import Aligned, Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.structure import Widths, stem_of
-from onnxmerge.methods.subspaces import SharedSpace, View, find_subspaces
+from onnxmerge.methods.subspaces import View, find_subspaces
 from onnxmerge.methods.tails import Stem
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.union import Union, join_networks
@@ -61,11 +61,11 @@ def fuse_subspace(
         seed=fitting.seed,
         threads=fitting.threads,
     )
-    stem = _Part(_mapped(sharable, union, cut, {name: own.shared for name, own in spaces.items()}), _shared(spaces))
-    wholes = {}
-    for name in union.names if widths.private else ():
-        views = {space: own.tasks[name] for space, own in spaces.items()}
-        wholes[name] = _Part(_mapped(sharable, union, cut, views), views)
+    stem = _mapped(sharable, union, cut, {name: own.shared for name, own in spaces.items()})
+    wholes = {
+        name: _mapped(sharable, union, cut, {space: own.tasks[name] for space, own in spaces.items()})
+        for name in (union.names if widths.private else ())
+    }
     counts = {name: len(own.shared.subspace.mix) for name, own in spaces.items()}
     sides = {name: SplitOff(counts, stem.model)(whole.model).model for name, whole in wholes.items()}
     (last,) = (space for space in union.spaces if space.value(cut.unit.cut) is not None)
@@ -82,18 +82,10 @@ class _Part:
 
     model: oir.Model
     views: Views
-    spaces: Sequence[Space] = field(init=False)
-
-    def __post_init__(self) -> None:
-        end = frozenset([self.model.graph.outputs[0].name or ""])
-        object.__setattr__(self, "spaces", [s for s in find_spaces(self.model, end).spaces if s.name in self.views])
+    spaces: Sequence[Space]
 
 
-def _shared(spaces: Mapping[str, SharedSpace]) -> Views:
-    return {name: own.shared for name, own in spaces.items()}
-
-
-def _mapped(sharable: Sharable, union: Union, cut: Cut, views: Views) -> oir.Model:
+def _mapped(sharable: Sharable, union: Union, cut: Cut, views: Views) -> _Part:
     """The reference's stem with the channels of `views`, its weights put together from those of all networks."""
     model = stem_of(sharable, cut, {name: len(view.subspace.mix) for name, view in views.items()})
     own = [space for space in find_spaces(model, frozenset([cut.unit.cut])).spaces if space.name in views]
@@ -106,7 +98,7 @@ def _mapped(sharable: Sharable, union: Union, cut: Cut, views: Views) -> oir.Mod
         constants = {c: c for c in theirs.graph.initializers} if found is None else found.constants
         partners.append(MappedPartner(theirs, values, constants, union.theirs[name], maps))
     MapChannels(partners, own)(model)
-    return model
+    return _Part(model, views, own)
 
 
 def _teachers(
@@ -188,7 +180,9 @@ def _refit(stem: Stem, teachers: Mapping[str, Teacher], sharable: Sharable, cut:
         threads=fitting.threads,
         progress=fitting.progress.advance,
     )(student)
+    if not stem.sides:
+        return  # the student was the stem itself
     for prefix, model in {SHARED: stem.model, **{f"{name}/": side for name, side in stem.sides.items()}}.items():
-        for name, value in model.graph.initializers.items() if stem.sides else ():
+        for name, value in model.graph.initializers.items():
             if prefix + name in student.graph.initializers:
                 set_array(value, get_array(student.graph.initializers[prefix + name]))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.compose import cut_out
+from onnxmerge.ir.compose import cut_out, value_names
 from onnxmerge.ir.layers import Layer
 from onnxmerge.methods.alignment import Aligned, Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
@@ -86,14 +86,14 @@ class Stems:
         assert self._sharable.stem is not None
         split = task.data.calibration.take(self._fitting.samples, self._fitting.seed)
         reference = task is self._sharable.reference
-        graph = self._sharable.stem.graph
-        computed = [v.name or "" for v in graph.inputs] + [o.name or "" for node in graph for o in node.outputs]
         return Teacher(
             model=cut_out(task.model, task.inputs, [last.names[task.name]]),
             samples=task.feeds(split, task),
             student_samples=task.feeds(split, self._sharable.reference),
             count=len(split),
-            values={name: name for name in computed} if reference else self._sharable.partners[task.name].values,
+            values={name: name for name in value_names(self._sharable.stem)}
+            if reference
+            else self._sharable.partners[task.name].values,
             orders={} if reference else self._aligned[task.name].orders,
             scales={} if reference else self._aligned[task.name].scales,
         )

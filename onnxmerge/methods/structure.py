@@ -5,24 +5,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as oir
+from pydantic import BaseModel, ConfigDict
 
-from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers, parameter_count
-from onnxmerge.ir.space import Space
-from onnxmerge.ir.spaces import find_spaces
-from onnxmerge.methods.alignment import Cut, Sharable
+from onnxmerge.methods.alignment import Cut, Sharable, stem_spaces
 from onnxmerge.methods.tails import Stem, own_tail
 from onnxmerge.methods.task import Network
-from onnxmerge.passes.attach_tails import AttachTails, bare_stem
+from onnxmerge.passes.attach_tails import unshared
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.set_widths import SetWidths
 from onnxmerge.passes.split_off import SplitOff
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(BaseModel):
     """What a model takes. MACs are for one sample, None where a size is unknown."""
+
+    model_config = ConfigDict(extra="forbid")
 
     parameters: int
     bytes: int
@@ -45,16 +44,10 @@ def size_of(models: Sequence[oir.Model]) -> Size:
     layers = [layer.macs for model in models for layer in find_layers(model)]
     arrays = [value.const_value for model in models for value in model.graph.initializers.values()]
     return Size(
-        sum(parameter_count(model) for model in models),
-        sum(array.nbytes for array in arrays if array is not None),
-        None if any(macs is None for macs in layers) else sum(macs or 0 for macs in layers),
+        parameters=sum(parameter_count(model) for model in models),
+        bytes=sum(array.nbytes for array in arrays if array is not None),
+        macs=None if any(macs is None for macs in layers) else sum(macs or 0 for macs in layers),
     )
-
-
-def stem_spaces(sharable: Sharable, cut: Cut) -> list[Space]:
-    """The channel spaces of the stem up to `cut`, in the reference; whole blocks keep their place."""
-    stem = cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
-    return [space for space in find_spaces(stem, frozenset([cut.unit.cut])).permutable() if not space.blocks]
 
 
 def stem_of(sharable: Sharable, cut: Cut, channels: Mapping[str, int]) -> oir.Model:
@@ -63,16 +56,15 @@ def stem_of(sharable: Sharable, cut: Cut, channels: Mapping[str, int]) -> oir.Mo
     Raises:
         ModelError: a space cannot get another width.
     """
-    stem = cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
-    return SetWidths(channels, cut.axis)(stem).model
+    return SetWidths(channels, cut.axis)(sharable.up_to(cut)).model
 
 
 def merged_structure(sharable: Sharable, tasks: Sequence[Network], cut: Cut | None, widths: Widths) -> oir.Model:
     """A stem up to `cut`, or none, private channels beside it, and every task's tail behind an adapter."""
     if cut is None:
-        return AttachTails({task.name: task.model for task in tasks})(bare_stem(tasks[0].model)).model
+        return unshared({task.name: task.model for task in tasks})
     stem = stem_of(sharable, cut, widths.shared)
-    shared = {space.name: space.size for space in stem_spaces(sharable, cut)} | dict(widths.shared)
+    shared = {space.name: space.size for space in stem_spaces(sharable.up_to(cut))} | dict(widths.shared)
     arriving, sides = stem, {}
     if widths.private:
         arriving = stem_of(sharable, cut, {name: own + widths.private.get(name, 0) for name, own in shared.items()})

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as oir
 from scipy.linalg import block_diag
 
-from onnxmerge.ir.spaces import Slots, Space, find_spaces
+from onnxmerge.ir.spaces import Slots, Space
 from onnxmerge.methods.alignment import Aligned
 from onnxmerge.methods.selecting import reading_root
 from onnxmerge.methods.task import Task
@@ -21,8 +21,10 @@ from onnxmerge.passes.subspace import (
     choose_channels,
     choose_private,
     choose_subspace,
+    covariance_of,
     decoder,
     importance,
+    root_of,
 )
 from onnxmerge.runtime.activations import lockstep
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
@@ -112,16 +114,16 @@ def find_subspaces(
     rows = _gather(union, tasks, places, samples, seed, threads)
     found = {}
     for space in union.spaces:
+        kind = kind_of(own, space)
+        if kind is Kind.MATCH or not places[space.name]:
+            view = _matched(union, space, aligned)
+            found[space.name] = SharedSpace(view, dict.fromkeys(union.names, view))
+            continue
         sights = [
             _sight(union, space, place, group, seen, weights)
             for place in places[space.name]
             for group, seen in rows[place.name, space.name]
         ]
-        kind = kind_of(own, space)
-        if kind is Kind.MATCH or not sights:
-            view = _matched(union, space, aligned)
-            found[space.name] = SharedSpace(view, dict.fromkeys(union.names, view))
-            continue
         mixed = kind is Kind.MIX and sights[0].rows.shape[1] <= _WIDEST
         width, more = widths[space.name], private.get(space.name, 0)
         subspace = choose_subspace(sights, width, seed) if mixed else choose_channels(sights, width)
@@ -192,20 +194,23 @@ def _gather(
     """By place and space: for each set of data the tasks that read it, and rows [samples * positions, n]."""
     generator = np.random.default_rng(seed)
     spaces = {space.name: space for space in union.spaces}
-    wanted = [(place, spaces[name]) for name, own in places.items() for place in own]
+    wanted = [
+        (place, spaces[name], union.columns(place.name, spaces[name])[:, 0])
+        for name, own in places.items()
+        for place in own
+    ]
     found: dict[tuple[str, str], list[tuple[tuple[str, ...], np.ndarray]]] = {}
     owners: dict[int, list[Task]] = {}
     for task in tasks:
         owners.setdefault(id(task.data), []).append(task)
     for sharing in owners.values():
         split = sharing[0].data.calibration.take(samples, seed)
-        names = list(dict.fromkeys(place.name for place, _ in wanted))
-        kept: dict[tuple[str, str], list[np.ndarray]] = {(p.name, s.name): [] for p, s in wanted}
+        names = list(dict.fromkeys(place.name for place, *_ in wanted))
+        kept: dict[tuple[str, str], list[np.ndarray]] = {(p.name, s.name): [] for p, s, _ in wanted}
         source = union.model, sharing[0].feeds(split, tasks[0]), names
         for (values,) in lockstep(source, threads=threads) if names else ():
-            for place, space in wanted:
+            for place, space, columns in wanted:
                 array, axis = values[place.name], union.joined[place.name].axis
-                columns = union.columns(place.name, space)[:, 0]
                 most = max(1, _ENTRIES // (len(columns) * len(split) * len(owners)))
                 positions = Positions.sample(generator, grid_of(array, axis), min(_POSITIONS, most))
                 kept[place.name, space.name].append(output_rows(array, axis, positions)[:, columns])
@@ -221,19 +226,14 @@ def _sight(
 ) -> Sight:
     """The importances are those of the tasks that these samples are of."""
     sight = Sight(rows, np.zeros((0, 0)), place.bend)
-    read, start, roots = sight.read(), 0, []
+    read, roots = sight.read(), []
     for network in union.names:
-        size = union.theirs[network][space.name].size
-        own = read[:, start : start + size]
-        root = np.zeros((size, 0))
+        own = read[:, union.own(network, space)]
+        root = np.zeros((own.shape[1], 0))
         if network in group:
-            centred = own - own.mean(0)
-            covariance = (centred.T @ centred).astype(np.float64) / len(own)
             said, skipped = _readers(union, network, space, union.joined[place.name].parts[network])
-            values, vectors = np.linalg.eigh(importance(covariance, said, skipped))
-            root = vectors * np.sqrt(weights[network] * np.maximum(values, 0))
+            root = np.sqrt(weights[network]) * root_of(importance(covariance_of(own), said, skipped))
         roots.append(root)
-        start += size
     return Sight(rows, block_diag(*roots).astype(np.float32), place.bend)
 
 
@@ -242,7 +242,7 @@ def _readers(union: Union, network: str, space: Space, value: str) -> tuple[np.n
     model, theirs = union.networks[network], union.theirs[network][space.name]
     first = theirs.value(value)
     assert first is not None
-    whole = next((s for s in find_spaces(model).spaces if _lies_at(s, first)), theirs)
+    whole = next((s for s in union.whole[network] if _lies_at(s, first)), theirs)
     carried = {slots.name: slots for slots in whole.values}
     values = {o.name or "": o for node in model.graph for o in node.outputs}
     columns, skipped, waiting, seen = [np.zeros((theirs.size, 0))], False, [value], {value}

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.ir.compose import chain, cut_out, rename_value
+from onnxmerge.ir.compose import chain, cut_out, rename_value, value_names
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.alignment import Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.task import Network, Task
 from onnxmerge.passes.attach_tails import AttachTails
 from onnxmerge.passes.insert_adapter import InsertAdapter
-from onnxmerge.passes.refit import Refit, Teacher
+from onnxmerge.passes.refit import Refit, Solve, Teacher
 from onnxmerge.passes.split_off import STEM
 from onnxmerge.runtime.activations import Renamed, store
 
-_ARRIVING = "stem"
+ARRIVING = "stem"
 """Name of a tail's input."""
 
 
@@ -72,30 +72,42 @@ def own_tail(task: Network, cut: Cut) -> oir.Model:
 
 def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fitting) -> oir.Model:
     theirs = cut.names[task.name]
-    teacher = own_tail(task, cut)
-    tail = teacher.clone()
-    rename_value(tail, theirs, _ARRIVING)
+    tail = own_tail(task, cut).clone()
+    rename_value(tail, theirs, ARRIVING)
     matrix = stem.adapters[task.name]
     assert matrix is not None
     InsertAdapter(cut.axis, matrix, theirs)(tail)
+    refit_tail(tail, task, cut, stem.beside([task.name]), sharable.reference, least_squares(1), fitting)
+    return tail
+
+
+def refit_tail(
+    tail: oir.Model, task: Task, cut: Cut, before: oir.Model, reader: Network, solve: Solve, fitting: Fitting
+) -> None:
+    """Refit a task's tail to what arrives there, in place.
+
+    Args:
+        tail: its only input is called `ARRIVING`; what it then reads has the task's own name of the cut.
+        task: the original and its samples.
+        cut: where the tail begins.
+        before: what it stands behind; its only output arrives.
+        reader: the network whose input names `before` has.
+        solve: the rule.
+        fitting: samples, seed, threads.
+    """
+    theirs, teacher = cut.names[task.name], own_tail(task, cut)
     split = task.data.calibration.take(fitting.samples, fitting.seed)
     folder = fitting.folder / f"cut-{task.name}"
-    student = task.feeds(split, sharable.reference)
-    before = stem.beside([task.name])
     (read,) = (value.name or "" for value in before.graph.outputs)
-    arriving = store(before, student, [read], folder / "student", threads=fitting.threads)
+    arriving = store(before, task.feeds(split, reader), [read], folder / "student", threads=fitting.threads)
     wanted = store(task.model, task.feeds(split, task), [theirs], folder / "teacher", threads=fitting.threads)
     cuts = [unit.cut for unit in find_units(task.model)]
-    computed = [v.name or "" for v in teacher.graph.inputs] + [
-        o.name or "" for node in teacher.graph for o in node.outputs
-    ]
-    values = {name: name for name in computed} | {_ARRIVING: theirs}
+    values = {name: name for name in value_names(teacher)} | {ARRIVING: theirs}
     Refit(
-        {task.name: Teacher(teacher, wanted, Renamed(arriving, {read: _ARRIVING}), len(split), values)},
+        {task.name: Teacher(teacher, wanted, Renamed(arriving, {read: ARRIVING}), len(split), values)},
         cuts[cuts.index(theirs) + 1 :] if theirs in cuts else [],
-        least_squares(1),
+        solve,
         seed=fitting.seed,
         threads=fitting.threads,
         progress=fitting.progress.advance,
     )(tail)
-    return tail

@@ -10,7 +10,7 @@ from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.spaces import Space, find_spaces
-from onnxmerge.methods.alignment import Cut, Sharable
+from onnxmerge.methods.alignment import Cut, Sharable, stem_spaces
 from onnxmerge.methods.task import Network
 from onnxmerge.passes.channel_map import matching_spaces
 from onnxmerge.passes.join_values import Joined, JoinValues
@@ -24,6 +24,7 @@ class Union:
         model: the joined network; its values are [reference's channels; the next network's; ...].
         names: the networks, in the order in which their channels lie.
         networks: the whole networks.
+        whole: their channel spaces.
         stems: each network up to the cut.
         spaces: of the reference's stem, those whose channels can be mapped.
         theirs: by network and by our space, the space that stands for it.
@@ -33,6 +34,7 @@ class Union:
     model: oir.Model
     names: tuple[str, ...]
     networks: Mapping[str, oir.Model]
+    whole: Mapping[str, Sequence[Space]]
     stems: Mapping[str, oir.Model]
     spaces: Sequence[Space]
     theirs: Mapping[str, Mapping[str, Space]]
@@ -70,7 +72,7 @@ def join_networks(sharable: Sharable, tasks: Sequence[Network], cut: Cut) -> Uni
     reference = sharable.reference
     stems = {task.name: cut_out(task.model, task.inputs, [cut.names[task.name]]) for task in tasks}
     own = stems[reference.name]
-    spaces = [space for space in find_spaces(own, frozenset([cut.unit.cut])).permutable() if not space.blocks]
+    spaces = stem_spaces(own)
     theirs: dict[str, dict[str, Space]] = {reference.name: {space.name: space for space in spaces}}
     for task in tasks:
         if task is not reference:
@@ -82,7 +84,8 @@ def join_networks(sharable: Sharable, tasks: Sequence[Network], cut: Cut) -> Uni
     model = JoinValues(reference.name, others, values)(own).model
     ordered = (reference.name, *others)
     networks = {task.name: task.model for task in tasks}
-    return Union(model, ordered, networks, stems, spaces, theirs, {value.name: value for value in values})
+    whole = {name: find_spaces(network).spaces for name, network in networks.items()}
+    return Union(model, ordered, networks, whole, stems, spaces, theirs, {value.name: value for value in values})
 
 
 def _parts(sharable: Sharable, tasks: Sequence[Network], name: str) -> dict[str, str]:

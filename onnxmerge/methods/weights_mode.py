@@ -16,25 +16,22 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.ir.compose import rename_value
-from onnxmerge.ir.units import find_units
+from onnxmerge.ir.layers import Layer
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
 from onnxmerge.methods.alignment import Aligned, Sharable
+from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.tails import own_tail
+from onnxmerge.methods.tails import ARRIVING, own_tail, refit_tail
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.weights_plan import Extent, Share, find_extent, is_whole
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.weights_walk import Stream, Walk
 from onnxmerge.methods.zip_choices import Rule
-from onnxmerge.passes.attach_tails import AttachTails, bare_stem
+from onnxmerge.passes.attach_tails import unshared
 from onnxmerge.passes.average import Partner, aligned_array
-from onnxmerge.passes.refit import Refit, Teacher
 from onnxmerge.passes.shared_weights import share_least_squares
 from onnxmerge.passes.stack_tasks import StackTasks, read_streams
-from onnxmerge.runtime.activations import Renamed, store
-
-_ARRIVING = "stem"
-"""Name of a tail's input."""
+from onnxmerge.runtime.statistics import Regression
 
 After = Callable[[oir.Model, str], None]
 """(merged model, the layer that was shared last): may train the model in place."""
@@ -73,7 +70,7 @@ def share_weights(
     sharing = sharing or WeightSharing()
     extent = find_extent(sharable, share, depthwise=sharing.depthwise)
     if extent.cut is None:
-        return AttachTails({task.name: task.model for task in tasks})(bare_stem(tasks[0].model)).model
+        return unshared({task.name: task.model for task in tasks})
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
         merging = _Merging(sharable, aligned, tasks, extent, sharing, Path(folder))
         return merging.run(after, progress or Silent())
@@ -132,35 +129,23 @@ class _Merging:
         theirs = self.cut.names[task.name]
         tail = self.tails[task.name].clone()
         order = self.streams[task.name].order_at(self.cut.unit.cut, self.cut.axis, self.cut.size, self.extent.spaces)
-        rename_value(tail, theirs, _ARRIVING)
+        rename_value(tail, theirs, ARRIVING)
         if (order != np.arange(self.cut.size)).any():
             _insert_gather(tail, np.argsort(order), self.cut.axis, theirs)
         return tail
 
     def _refit_tail(self, task: Task, progress: Progress) -> None:
         """Fit the task's own layers behind the cut to what arrives there now."""
-        theirs, stream = self.cut.names[task.name], self.streams[task.name]
-        folder = self.folder / f"tail-{task.name}"
-        wanted = store(task.model, stream.originals, [theirs], folder / "teacher", threads=self.sharing.threads)
-        arriving = store(
-            stream.student, stream.feeds, [self.cut.unit.cut], folder / "student", threads=self.sharing.threads
-        )
-        teacher, student = own_tail(task, self.cut), self._ordered_tail(task)
-        cuts = [unit.cut for unit in find_units(task.model)]
-        values = {name: name for name in _computed(teacher)} | {_ARRIVING: theirs}
-        samples = Renamed(arriving, {self.cut.unit.cut: _ARRIVING})
-        Refit(
-            {task.name: Teacher(teacher, wanted, samples, stream.count, values)},
-            cuts[cuts.index(theirs) + 1 :] if theirs in cuts else [],
-            lambda _, statistics, current: share_least_squares(
-                statistics, [current], np.zeros(current.shape[1], bool), self.sharing.ridge
-            )[0],
-            seed=self.sharing.seed,
-            threads=self.sharing.threads,
-            progress=progress.advance,
-        )(student)
+        student = self._ordered_tail(task)
+        fitting = Fitting(self.sharing.samples, self.sharing.seed, self.sharing.threads, self.folder, progress)
+        refit_tail(student, task, self.cut, self.streams[task.name].student, self.tasks[0], self._alone, fitting)
         for name, value in self.tails[task.name].graph.initializers.items():
             set_array(value, get_array(student.graph.initializers[name]))
+
+    def _alone(self, _: Layer, statistics: Sequence[Regression], current: np.ndarray) -> np.ndarray:
+        """A layer that no other task shares."""
+        nothing = np.zeros(current.shape[1], bool)
+        return share_least_squares(statistics, [current], nothing, self.sharing.ridge)[0]
 
 
 def _stream(
@@ -179,10 +164,6 @@ def _stream(
     feeds = task.feeds(split, sharable.reference)
     orders = {space.name: alignment[space.name] for space in extent.spaces}
     return Stream(stem, stem.clone(), feeds, task.feeds(split, task), len(split), orders)
-
-
-def _computed(model: oir.Model) -> list[str]:
-    return [v.name or "" for v in model.graph.inputs] + [o.name or "" for node in model.graph for o in node.outputs]
 
 
 def _insert_gather(tail: oir.Model, order: np.ndarray, axis: int, name: str) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.errors import UsageError
-from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.spaces import Space
 from onnxmerge.ir.weights import get_array, is_float
@@ -61,7 +60,7 @@ def find_extent(sharable: Sharable, share: Share, *, depthwise: bool = False) ->
         deepest = share
     counts = _count_units(sharable, share) if isinstance(share, int) else _checked(sharable, share)
     for cut in reversed(sharable.cuts[:deepest]):
-        stem = _stem(sharable, cut)
+        stem = sharable.up_to(cut)
         spaces = [_inside(space, stem) for space in sharable.spaces]
         parts = _parts(stem, spaces, counts, depthwise)
         if any(name in parts for name in cut.unit.layers):
@@ -71,7 +70,7 @@ def find_extent(sharable: Sharable, share: Share, *, depthwise: bool = False) ->
 
 def _count_units(sharable: Sharable, k: int) -> Counts:
     """Every neuron that the first k units make."""
-    stem = None if k == 0 else _stem(sharable, sharable.cuts[k - 1])
+    stem = None if k == 0 else sharable.up_to(sharable.cuts[k - 1])
     made = {output.name for node in stem.graph for output in node.outputs} if stem is not None else set()
     return {space.name: space.size for space in sharable.spaces if any(slots.name in made for slots in space.values)}
 
@@ -83,10 +82,6 @@ def _checked(sharable: Sharable, counts: Counts) -> Counts:
             known = f"it has {sizes[name]} neurons" if name in sizes else f"the spaces are {', '.join(sizes)}"
             raise UsageError(f"cannot share {count} neurons of the space {name!r}: {known}")
     return counts
-
-
-def _stem(sharable: Sharable, cut: Cut) -> oir.Model:
-    return cut_out(sharable.reference.model, sharable.reference.inputs, [cut.unit.cut])
 
 
 def predicted_bytes(tasks: Sequence[Network], sharable: Sharable, share: Share, *, depthwise: bool = False) -> int:

@@ -22,7 +22,7 @@ from onnxmerge.methods.weights_plan import Extent, shared_rows
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Pairing, Rule
 from onnxmerge.passes.permute import Permute
-from onnxmerge.passes.refit import set_weights_and_bias, weights_and_bias
+from onnxmerge.passes.refit import depends_on, set_weights_and_bias, target_of, weights_and_bias
 from onnxmerge.passes.roles import read_axis
 from onnxmerge.passes.shared_weights import (
     differences,
@@ -221,7 +221,8 @@ class Walk:
         piece = cut_out(stream.student, self._at, [self._cut])
         layer = _find(piece, name)
         fitted = self._sharing.rule == Rule.LEAST_SQUARES
-        target, skip = self._target(piece, layer) if fitted else (layer.linear.name or "", None)
+        late = {other.node for other in find_layers(piece) if other.name not in self.done}
+        target, skip = target_of(layer, depends_on(piece, late)) if fitted else (layer.linear.name or "", None)
         read = [layer.input.name or "", *([] if skip is None else [skip])]
         teacher = cut_out(stream.teacher, self._at, [self._cut]) if fitted else piece
         arriving = stream.arriving["teacher" if fitted else "student"]
@@ -238,29 +239,6 @@ class Walk:
                 goal = goal - output_rows(ours[skip], axis, positions)
             statistics.update(input_rows(layer, ours[read[0]], positions), goal)
         return statistics
-
-    def _target(self, piece: oir.Model, layer: Layer) -> tuple[str, str | None]:
-        """The value whose teacher is the target, and a final value to subtract: the skip that a branch is added to."""
-        uses = list(layer.linear.uses())
-        if len(uses) == 1 and uses[0][0].op_type == "Add":
-            add, index = uses[0]
-            other = add.inputs[1 - index]
-            if other is not None and other.const_value is None and self._is_final(piece, other):
-                return add.outputs[0].name or "", other.name
-        return layer.linear.name or "", None
-
-    def _is_final(self, piece: oir.Model, value: oir.Value) -> bool:
-        """Whether no layer that is still to be visited stands before the value."""
-        late = {layer.node for layer in find_layers(piece) if layer.name not in self.done}
-        waiting, seen = [value], set()
-        while waiting:
-            node = waiting.pop().producer()
-            if node in late:
-                return False
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting += [v for v in node.inputs if v is not None]
-        return True
 
 
 def _find(model: oir.Model, name: str) -> Layer:

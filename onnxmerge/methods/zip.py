@@ -22,7 +22,7 @@ from onnxmerge.files import claim_folder, whole_file, write_text
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
-from onnxmerge.methods.bounds import Bounds, worst_drop
+from onnxmerge.methods.bounds import Bounds
 from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.measure import Bench, Judge
@@ -38,7 +38,7 @@ from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Mode, Start
 from onnxmerge.methods.zip_settings import ZipSettings
 from onnxmerge.report.provenance import hardware, library_versions, sha256
-from onnxmerge.report.schema import Candidate, LayerSimilarity, Result
+from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, worst_drop
 from onnxmerge.report.write import write_report
 
 _CHOOSING = 2000
@@ -230,7 +230,7 @@ class _Run:
             tried.append((start, stem.attach(tails)))
         if len(tried) == 1:
             return tried[0]
-        return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])))
+        return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0)
 
     def _shared_weights(self, planned: PlannedCandidate) -> oir.Model:
         def after(merged: oir.Model, layer: str) -> None:

@@ -4,6 +4,7 @@ A figure that was not measured is None, never 0.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -97,8 +98,12 @@ class Candidate(_Record):
     @property
     def worst_drop(self) -> float | None:
         """The largest `TaskScore.drop` of all tasks; None when no task was scored."""
-        drops = [score.drop for score in self.tasks.values() if score.drop is not None]
-        return max(drops) if drops else None
+        return worst_drop(self.tasks)
+
+
+def worst_drop(tasks: Mapping[str, TaskScore]) -> float | None:
+    """The largest `TaskScore.drop`; None when no task was scored."""
+    return max((score.drop for score in tasks.values() if score.drop is not None), default=None)
 
 
 class LayerSimilarity(_Record):

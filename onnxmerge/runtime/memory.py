@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import ctypes
 import gc
 import json
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxmerge.errors import ModelError, OnnxMergeError, UsageError
+from onnxmerge.runtime.heap import return_memory
 from onnxmerge.runtime.session import open_session, prepare_run
 
 _STATUS, _SMAPS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/smaps_rollup"), Path("/proc/self/clear_refs")
@@ -128,8 +128,7 @@ def _one_node() -> bytes:
 def _settle() -> None:
     """Give back what is free: Python's garbage, then the pages that malloc keeps (glibc only)."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    return_memory()
 
 
 def _unique() -> int:

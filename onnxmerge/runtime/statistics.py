@@ -1,7 +1,5 @@
 """Streamed statistics of activations: sums are kept in float64, activations are dropped batch by batch."""
 
-import contextlib
-import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -163,9 +161,3 @@ class Regression:
     def target_variance(self) -> np.ndarray:
         """[g, o] variance of each target."""
         return np.maximum(self.target_square / self.rows - (self.target_sum / self.rows) ** 2, 0)
-
-
-def return_memory() -> None:
-    """Give the system back what was freed (glibc only), since malloc keeps the pages of all but the largest arrays."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
