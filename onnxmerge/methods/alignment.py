@@ -1,8 +1,9 @@
 """Align several networks with the first: how deep they can be shared, and which channels stand for which."""
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as oir
@@ -16,19 +17,26 @@ from onnxmerge.ir.units import Unit, find_units
 from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.task import Network, Task
 from onnxmerge.passes.align import Alignment, align_by_activations, matched
+from onnxmerge.passes.fold_adapter import reading_place
 from onnxmerge.report.schema import LayerSimilarity
 from onnxmerge.runtime.statistics import PairStatistics
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A place where the networks can be split: the value that ends a unit, and its channel axis."""
+    """A place where the networks can be split, behind a unit, and its channel axis."""
 
     unit: Unit
     axis: int
     size: int
+    value: str
+    """Where the reference is split: the end of the unit or, without adapters, its `reading_place`."""
     names: dict[str, str]
     """The value's name in each task's network."""
+    adapted: bool = True
+    """Whether each task reads the stem through an adapter."""
+    direct: "Cut | None" = None
+    """The same unit split where, in every network, an adapter can be folded into the layers that read it."""
 
 
 @dataclass
@@ -52,7 +60,11 @@ class Sharable:
 
     def up_to(self, cut: Cut) -> oir.Model:
         """The reference's network up to `cut`."""
-        return cut_out(self.reference.model, self.reference.inputs, [cut.unit.cut])
+        return cut_out(self.reference.model, self.reference.inputs, [cut.value])
+
+    def before(self, cut: Cut) -> list[Cut]:
+        """The cuts of the units before that of `cut`."""
+        return list(itertools.takewhile(lambda other: other.unit != cut.unit, self.cuts))
 
 
 @dataclass
@@ -89,13 +101,26 @@ def find_sharable(tasks: Sequence[Network]) -> Sharable:
             break
         place = _whole_axis(stem, unit.cut)
         if place is not None:
-            names = {task: found.values[unit.cut] for task, found in partners.items()} | {reference.name: unit.cut}
-            cuts.append(Cut(unit, *place, names))
+            cut = Cut(unit, *place, unit.cut, _names(reference, partners, unit.cut))
+            cuts.append(replace(cut, direct=_direct(tasks, partners, cut)))
     sharable = Sharable(reference, cuts, [], partners, limit)
     if cuts:
         sharable.stem = sharable.up_to(cuts[-1])
         sharable.spaces = stem_spaces(sharable.stem)
     return sharable
+
+
+def _names(reference: Network, partners: Mapping[str, Correspondence], value: str) -> dict[str, str]:
+    return {task: found.values[value] for task, found in partners.items()} | {reference.name: value}
+
+
+def _direct(tasks: Sequence[Network], partners: Mapping[str, Correspondence], cut: Cut) -> Cut | None:
+    places = {task.name: reading_place(task.model, cut.names[task.name], cut.axis) for task in tasks}
+    value = places[tasks[0].name]
+    if value is None or any(value not in found.values for found in partners.values()):
+        return None
+    names = _names(tasks[0], partners, value)
+    return replace(cut, value=value, names=names, adapted=False) if names == places else None
 
 
 def stem_spaces(stem: oir.Model) -> list[Space]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.layers import find_layers
-from onnxmerge.methods.alignment import Sharable, stem_spaces
+from onnxmerge.methods.alignment import Cut, Sharable, stem_spaces
 from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of
 from onnxmerge.methods.task import Network
 from onnxmerge.methods.weights_plan import predicted_bytes
@@ -27,6 +27,8 @@ class PlannedUnit(_Part):
     layers: list[str]
     parameters: int
     macs: int | None
+    direct: bool = False
+    """Whether every task's next layers could read the unit's channels without an adapter."""
 
 
 class PlannedCandidate(_Part):
@@ -39,7 +41,16 @@ class PlannedCandidate(_Part):
     """By space, how many channels its shared part has, where not as many as the first network."""
     private: dict[str, int] = Field(default_factory=dict)
     """By space, how many more channels each task computes for itself, from the shared ones and its own."""
+    adapters: bool = True
+    """Whether each task reads the stem through a linear map of its own; without, its next layers read it as it is."""
     predicted: Size | None = None
+
+    def cut(self, sharable: Sharable) -> Cut | None:
+        """Where its stem ends."""
+        if not self.units:
+            return None
+        cut = sharable.cuts[self.units - 1]
+        return cut if self.adapters else cut.direct
 
     @property
     def widths(self) -> Widths:
@@ -101,6 +112,7 @@ def make_plan(
                 layers=list(cut.unit.layers),
                 parameters=sum(layers[name].parameters for name in cut.unit.layers),
                 macs=None if any(own is None for own in macs) else sum(own or 0 for own in macs),
+                direct=cut.direct is not None,
             )
         )
     plan = Plan(
@@ -130,21 +142,22 @@ def make_plan(
 
 
 def _candidate(sharable: Sharable, k: int, width: float, share: float) -> PlannedCandidate:
+    adapters = k == 0 or sharable.cuts[k - 1].direct is None
     name = f"k{k:02d}" + ("" if width == 1 else f"-w{width:g}") + ("" if share == 1 else f"-s{share:g}")
     if width == share == 1:
-        return PlannedCandidate(name=name, units=k)
+        return PlannedCandidate(name=name, units=k, adapters=adapters)
     channels, private = {}, {}
     for space in stem_spaces(sharable.up_to(sharable.cuts[k - 1])):
         total = max(1, round(width * space.size))
         channels[space.name] = max(1, round(share * total))
         private[space.name] = total - channels[space.name]
-    return PlannedCandidate(name=name, units=k, channels=channels, private={s: n for s, n in private.items() if n})
+    private = {own: count for own, count in private.items() if count}
+    return PlannedCandidate(name=name, units=k, channels=channels, private=private, adapters=adapters)
 
 
 def _structure_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate) -> Size:
-    cut = sharable.cuts[candidate.units - 1] if candidate.units else None
     try:
-        return size_of([merged_structure(sharable, tasks, cut, candidate.widths)])
+        return size_of([merged_structure(sharable, tasks, candidate.cut(sharable), candidate.widths)])
     except ModelError as error:
         raise ModelError(f"{candidate.name}: its stem cannot have these widths: {error}") from error
 
@@ -192,6 +205,9 @@ def _check(candidate: PlannedCandidate, plan: Plan, names: set[str], path: Path)
         raise UsageError(f"{path}: {name!r} cannot name a candidate's file, or names two")
     if not 0 <= candidate.units <= deepest:
         raise UsageError(f"{path}: {name} shares {candidate.units} units, but there are {deepest}: {plan.limit}")
+    if candidate.units and not candidate.adapters and not plan.units[candidate.units - 1].direct:
+        unit = plan.units[candidate.units - 1].name
+        raise UsageError(f"{path}: {name} has no adapters, but behind {unit} others than layers read the stem")
     for space, channels in (*candidate.channels.items(), *candidate.private.items()):
         if space not in plan.spaces:
             raise UsageError(f"{path}: {name} names the channel space {space!r}, which these networks have not")

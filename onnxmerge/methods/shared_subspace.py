@@ -68,7 +68,7 @@ def fuse_subspace(
     }
     counts = {name: len(own.shared.subspace.mix) for name, own in spaces.items()}
     sides = {name: SplitOff(counts, stem.model)(whole.model).model for name, whole in wholes.items()}
-    (last,) = (space for space in union.spaces if space.value(cut.unit.cut) is not None)
+    (last,) = (space for space in union.spaces if space.value(cut.value) is not None)
     adapters = {name: spaces[last.name].tasks[name].back[union.own(name, last)] for name in union.names}
     found = Stem(stem.model, adapters, sides)
     parts = {"": stem} if not sides else {SHARED: stem} | {f"{name}/": whole for name, whole in wholes.items()}
@@ -88,7 +88,7 @@ class _Part:
 def _mapped(sharable: Sharable, union: Union, cut: Cut, views: Views) -> _Part:
     """The reference's stem with the channels of `views`, its weights put together from those of all networks."""
     model = stem_of(sharable, cut, {name: len(view.subspace.mix) for name, view in views.items()})
-    own = [space for space in find_spaces(model, frozenset([cut.unit.cut])).spaces if space.name in views]
+    own = [space for space in find_spaces(model, frozenset([cut.value])).spaces if space.name in views]
     partners = []
     for name in union.names:
         columns = {space.name: union.own(name, space) for space in union.spaces}
@@ -165,7 +165,7 @@ def _private_rows(name: str, whole: _Part, counts: Mapping[str, int], size: int)
 def _refit(stem: Stem, teachers: Mapping[str, Teacher], sharable: Sharable, cut: Cut, fitting: Fitting) -> None:
     """Refit the stem and the sides together, in place."""
     student = stem.beside(list(stem.sides))
-    cuts = [other.unit.cut for other in sharable.cuts[: sharable.cuts.index(cut)]]
+    cuts = [other.unit.cut for other in sharable.before(cut)]
     beside: dict[str, list[str]] = {}
     if stem.sides:
         computed = {output.name for node in student.graph for output in node.outputs}

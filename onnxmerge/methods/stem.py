@@ -41,8 +41,8 @@ class Stems:
             return fuse_subspace(self._sharable, self._aligned, self._tasks, cut, widths, self._fitting)
         if start not in self._deepest:
             self._deepest[start] = self._fused(start)
-        model = cut_out(self._deepest[start], self._tasks[0].inputs, [cut.unit.cut])
-        if start is Start.LEAST_SQUARES:  # the last layer spans what all tasks read behind the cut
+        model = cut_out(self._deepest[start], self._tasks[0].inputs, [cut.value])
+        if start is Start.LEAST_SQUARES and cut.adapted:  # the last layer spans what all tasks read behind the cut
             teachers = {task.name: self._teacher(task, cut) for task in self._tasks}
             FitSplit(teachers, seed=self._fitting.seed, threads=self._fitting.threads)(model)
         adapters = {task.name: self._adapter(task, cut) for task in self._tasks}
@@ -59,7 +59,8 @@ class Stems:
     def _fused(self, start: Start) -> oir.Model:
         """The deepest stem, with the reference's graph and names; shallower stems are its beginnings."""
         assert self._sharable.stem is not None
-        stem = self._sharable.stem.clone()
+        deepest = self._sharable.cuts[-1]
+        stem = self._sharable.up_to(deepest.direct or deepest).clone()
         if start is Start.KEEP:
             return stem
         others = {task.name: task.model for task in self._tasks[1:]}
@@ -70,9 +71,8 @@ class Stems:
         Average(partners, self._sharable.spaces)(stem)
         if start is Start.AVERAGE:
             return stem
-        last = self._sharable.cuts[-1]
         Refit(
-            {task.name: self._teacher(task, last) for task in self._tasks},
+            {task.name: self._teacher(task, deepest) for task in self._tasks},
             [cut.unit.cut for cut in self._sharable.cuts[:-1]],
             _repair if start is Start.REPAIR else least_squares(len(self._tasks)),
             compensate=start is Start.LEAST_SQUARES,

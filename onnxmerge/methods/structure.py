@@ -13,6 +13,7 @@ from onnxmerge.methods.alignment import Cut, Sharable, stem_spaces
 from onnxmerge.methods.tails import Stem, own_tail
 from onnxmerge.methods.task import Network
 from onnxmerge.passes.attach_tails import unshared
+from onnxmerge.passes.fold_adapter import FoldAdapter
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.set_widths import SetWidths
 from onnxmerge.passes.split_off import SplitOff
@@ -60,7 +61,7 @@ def stem_of(sharable: Sharable, cut: Cut, channels: Mapping[str, int]) -> oir.Mo
 
 
 def merged_structure(sharable: Sharable, tasks: Sequence[Network], cut: Cut | None, widths: Widths) -> oir.Model:
-    """A stem up to `cut`, or none, private channels beside it, and every task's tail behind an adapter."""
+    """A stem up to `cut`, or none, private channels beside it, and every task's tail, behind an adapter if need be."""
     if cut is None:
         return unshared({task.name: task.model for task in tasks})
     stem = stem_of(sharable, cut, widths.shared)
@@ -74,5 +75,7 @@ def merged_structure(sharable: Sharable, tasks: Sequence[Network], cut: Cut | No
         tail = own_tail(task, cut).clone()
         own = dims(tail.graph.inputs[0])[cut.axis] or 0
         InsertAdapter(cut.axis, np.zeros((own, size), np.float32), "adapted")(tail)
+        if not cut.adapted:
+            tail = FoldAdapter("adapted")(tail).model
         tails[task.name] = tail
     return Stem(stem, {}, sides).attach(tails)

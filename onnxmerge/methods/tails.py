@@ -12,6 +12,7 @@ from onnxmerge.methods.alignment import Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.task import Network, Task
 from onnxmerge.passes.attach_tails import AttachTails
+from onnxmerge.passes.fold_adapter import FoldAdapter
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.refit import Refit, Solve, Teacher
 from onnxmerge.passes.split_off import STEM
@@ -56,7 +57,7 @@ class Stem:
 def fit_tails(
     sharable: Sharable, tasks: Sequence[Task], stem: Stem, cut: Cut, fitting: Fitting
 ) -> dict[str, oir.Model]:
-    """For each task what follows the cut: a 1x1 adapter and the task's own layers, all refitted behind this stem."""
+    """For each task what follows the cut: its adapter, if any, and its own layers, all refitted behind this stem."""
     return {
         task.name: own_tail(task, cut)
         if stem.adapters[task.name] is None
@@ -77,6 +78,8 @@ def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fit
     matrix = stem.adapters[task.name]
     assert matrix is not None
     InsertAdapter(cut.axis, matrix, theirs)(tail)
+    if not cut.adapted:
+        tail = FoldAdapter(theirs)(tail).model
     refit_tail(tail, task, cut, stem.beside([task.name]), sharable.reference, least_squares(1), fitting)
     return tail
 
@@ -101,11 +104,11 @@ def refit_tail(
     (read,) = (value.name or "" for value in before.graph.outputs)
     arriving = store(before, task.feeds(split, reader), [read], folder / "student", threads=fitting.threads)
     wanted = store(task.model, task.feeds(split, task), [theirs], folder / "teacher", threads=fitting.threads)
-    cuts = [unit.cut for unit in find_units(task.model)]
     values = {name: name for name in value_names(teacher)} | {ARRIVING: theirs}
+    cuts = [unit.cut for unit in find_units(task.model) if unit.cut in values and unit.cut != theirs]
     Refit(
         {task.name: Teacher(teacher, wanted, Renamed(arriving, {read: ARRIVING}), len(split), values)},
-        cuts[cuts.index(theirs) + 1 :] if theirs in cuts else [],
+        cuts,
         solve,
         seed=fitting.seed,
         threads=fitting.threads,

@@ -78,7 +78,7 @@ def join_networks(sharable: Sharable, tasks: Sequence[Network], cut: Cut) -> Uni
         if task is not reference:
             found = find_spaces(stems[task.name], frozenset([cut.names[task.name]])).spaces
             theirs[task.name] = matching_spaces(spaces, found, sharable.partners[task.name].constants)
-    axes = _channel_axes(own, spaces)
+    axes = _channel_axes(own, spaces, cut.unit.cut)
     values = [Joined(name, _parts(sharable, tasks, name), axis) for name, axis in axes.items()]
     others = {task.name: stems[task.name] for task in tasks if task is not reference}
     model = JoinValues(reference.name, others, values)(own).model
@@ -94,16 +94,15 @@ def _parts(sharable: Sharable, tasks: Sequence[Network], name: str) -> dict[str,
     return ours | {t.name: sharable.partners[t.name].values[name] for t in tasks if t is not reference}
 
 
-def _channel_axes(stem: oir.Model, spaces: Sequence[Space]) -> dict[str, int]:
-    """In order, what each layer and each residual sum of the stem computes, and its channel axis."""
+def _channel_axes(stem: oir.Model, spaces: Sequence[Space], end: str) -> dict[str, int]:
+    """In order, what each layer and each residual sum of the stem computes up to `end`, and its channel axis."""
     made = {layer.linear.name: -1 if layer.op in ("Gemm", "MatMul") else 1 for layer in find_layers(stem)}
     carried = {slots.name: slots.axes[0] for space in spaces for slots in space.values if len(slots.axes) == 1}
     found = {}
     for node in stem.graph:
         for output in node.outputs:
             name = output.name or ""
-            last = output is stem.graph.outputs[0]
-            if name in made or (name in carried and (last or node.op_type in ("Add", "BatchNormalization"))):
+            if name in made or (name in carried and (name == end or node.op_type in ("Add", "BatchNormalization"))):
                 axis = carried.get(name, made.get(name, 1))
                 found[name] = axis % len(dims(output))
     return found

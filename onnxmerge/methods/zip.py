@@ -217,11 +217,11 @@ class _Run:
 
     def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model]:
         """The best of the settings' starts by its worst task on some held-out samples."""
-        if not planned.units:
+        cut = planned.cut(self.sharable)
+        if cut is None:
             return None, merged_structure(self.sharable, self.tasks, None, Widths())
         if self.settings.mode is Mode.WEIGHTS:
             return None, self._shared_weights(planned)
-        cut = self.sharable.cuts[planned.units - 1]
         tried = []
         own = bool(planned.channels or planned.private)
         for start in (Start.SUBSPACE,) if own else self.settings.starts:
