@@ -116,6 +116,20 @@ def test_resume_keeps_finished_candidates(tmp_path: Path, pair: tuple[Path, Path
     assert (out / "k01.onnx").stat().st_mtime_ns != before, "another recipe makes its own candidates"
 
 
+@pytest.mark.parametrize("damaged", ["k01.json", "k01.onnx"])
+def test_resume_makes_damaged_candidates_again(
+    tmp_path: Path, pair: tuple[Path, Path], samples: Path, damaged: str
+) -> None:
+    out = tmp_path / "out"
+    assert onnxmerge("zip", *pair, "-o", out, "--data", samples, *FAST)[0] == 0
+    whole, untouched = (out / "k01.onnx").read_bytes(), (out / "k02.onnx").stat().st_mtime_ns
+    content = (out / damaged).read_bytes()
+    (out / damaged).write_bytes(content[: len(content) // 2])
+    assert onnxmerge("zip", *pair, "-o", out, "--data", samples, *FAST, "--resume")[0] == 0
+    assert (out / "k01.onnx").read_bytes() == whole
+    assert (out / "k02.onnx").stat().st_mtime_ns == untouched
+
+
 def test_an_interrupt_keeps_what_is_finished(
     tmp_path: Path, pair: tuple[Path, Path], samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

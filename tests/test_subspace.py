@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as oir
 import pytest
 from fusing import depthwise, flattened, folded
@@ -252,6 +253,7 @@ def test_a_plan_that_names_what_is_not_there(tmp_path: Path) -> None:
         ({"units": 99}, "shares 99 units, but there are"),
         ({"channels": {"nowhere": 3}}, "'nowhere'"),
         ({"channels": {space: 2 * size + 1}}, f"from 1 to {2 * size}"),
+        ({"private": {space: size + 1}}, f"{size + 1} private channels .* from 1 to {size} fit"),
         ({"name": "a/b"}, "cannot name"),
     ):
         path = tmp_path / "plan.json"
@@ -261,6 +263,37 @@ def test_a_plan_that_names_what_is_not_there(tmp_path: Path) -> None:
                 MODELS, DATA, tmp_path / "new", settings=onnxmerge.ZipSettings(share=str(path), measure=False)
             )
         assert not (tmp_path / "new").exists()
+
+
+def test_channels_that_a_norm_reads_together_keep_their_number(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        net = Net(seed)
+        x = net.norm(net.matmul(net.input(("N", 7, 5)), 6), "LayerNormalization")
+        net.output(net.matmul(net.op("Tanh", net.matmul(net.op("Tanh", x), 8)), 4))
+        onnx.save(net.proto(), tmp_path / f"{seed}.onnx")
+    samples = np.random.default_rng(0).standard_normal((400, 7, 5)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=samples)
+    models, settings = [tmp_path / "0.onnx", tmp_path / "1.onnx"], {"steps": 0, "measure": False, "max_drop": None}
+    result = onnxmerge.zip_models(
+        models,
+        tmp_path / "x.npz",
+        tmp_path / "out",
+        settings=onnxmerge.ZipSettings(share="1.0", sharing=(0.5,), **settings),  # type: ignore[arg-type]
+    )
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    (planned,) = plan["candidates"]
+    (normed,) = set(plan["spaces"]) - set(planned["channels"])
+    assert plan["spaces"][normed] == 6 and list(planned["channels"].values()) == [4]
+    assert planned["predicted"]["parameters"] == result.candidates[0].parameters
+    planned["channels"] = {normed: 3}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match=r"all channels of .* are shared"):
+        onnxmerge.zip_models(
+            models,
+            tmp_path / "x.npz",
+            tmp_path / "new",
+            settings=onnxmerge.ZipSettings(share=str(tmp_path / "plan.json"), **settings),  # type: ignore[arg-type]
+        )
 
 
 def candidate(name: str, share: int, drop: float, size: int, macs: int) -> Candidate:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from onnxmerge.files import write_text
+from onnxmerge.report.provenance import sha256
 from onnxmerge.report.schema import Candidate, Result
 
 
@@ -21,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Shelf:
-    """The candidates of one output folder: beside each model `NAME.onnx` a record `NAME.json` with its recipe's hash.
+    """The candidates of one output folder: beside each model `NAME.onnx` a record `NAME.json` with both hashes.
 
     Args:
         folder: the output folder.
@@ -39,18 +40,22 @@ class Shelf:
         return self._folder / f"{name}.onnx"
 
     def get(self, name: str) -> Candidate | None:
-        """The finished candidate `name` of an earlier run with the same recipe, if there is one."""
+        """The finished candidate `name` of an earlier run with the same recipe, if it is there and undamaged."""
         record = self._folder / f"{name}.json"
         if not self._resume or not record.is_file() or not self.model_path(name).is_file():
             return None
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
-            same = stored["fingerprint"] == self._fingerprint
+            same = stored["fingerprint"] == self._fingerprint and stored["sha256"] == sha256(self.model_path(name))
             return Candidate.model_validate(stored["candidate"]) if same else None
         except (KeyError, TypeError, ValueError, ValidationError):
             return None
 
     def put(self, candidate: Candidate) -> None:
         """Record a finished candidate, whose model is written already."""
-        record = {"fingerprint": self._fingerprint, "candidate": candidate.model_dump(mode="json")}
+        record = {
+            "fingerprint": self._fingerprint,
+            "sha256": sha256(self.model_path(candidate.name)),
+            "candidate": candidate.model_dump(mode="json"),
+        }
         write_text(self._folder / f"{candidate.name}.json", json.dumps(record, indent=2) + "\n")

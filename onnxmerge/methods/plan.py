@@ -10,6 +10,7 @@ from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.methods.alignment import Cut, Sharable, stem_spaces
 from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of
+from onnxmerge.methods.subspaces import Kind, kind_of
 from onnxmerge.methods.task import Network
 from onnxmerge.methods.weights_plan import predicted_bytes
 from onnxmerge.methods.zip_choices import Mode
@@ -124,10 +125,11 @@ def make_plan(
         candidates=[],
         originals=size_of([task.model for task in tasks]),
     )
-    plan.candidates = _replayed(Path(share), plan) if Path(share).suffix == ".json" else []
+    matched = _matched(sharable) if mode is Mode.COMPUTE else frozenset()
+    plan.candidates = _replayed(Path(share), plan, matched) if Path(share).suffix == ".json" else []
     for k in [] if plan.candidates else _numbers(share, plan):
         for width, shared in itertools.product(widths, sharing) if k else [(1.0, 1.0)]:
-            plan.candidates.append(_candidate(sharable, k, width, shared))
+            plan.candidates.append(_candidate(sharable, k, width, shared, matched))
     for candidate in plan.candidates:
         if mode is Mode.WEIGHTS:
             candidate.private = {}  # what is not shared is a task's own
@@ -141,13 +143,21 @@ def make_plan(
     return plan
 
 
-def _candidate(sharable: Sharable, k: int, width: float, share: float) -> PlannedCandidate:
+def _matched(sharable: Sharable) -> frozenset[str]:
+    """Spaces whose channels can only be matched one to one, so that all of them are shared."""
+    stem = sharable.stem
+    return frozenset(own.name for own in sharable.spaces if stem is not None and kind_of(stem, own) is Kind.MATCH)
+
+
+def _candidate(sharable: Sharable, k: int, width: float, share: float, matched: frozenset[str]) -> PlannedCandidate:
     adapters = k == 0 or sharable.cuts[k - 1].direct is None
     name = f"k{k:02d}" + ("" if width == 1 else f"-w{width:g}") + ("" if share == 1 else f"-s{share:g}")
     if width == share == 1:
         return PlannedCandidate(name=name, units=k, adapters=adapters)
     channels, private = {}, {}
     for space in stem_spaces(sharable.up_to(sharable.cuts[k - 1])):
+        if space.name in matched:
+            continue
         total = max(1, round(width * space.size))
         channels[space.name] = max(1, round(share * total))
         private[space.name] = total - channels[space.name]
@@ -179,7 +189,7 @@ def _numbers(share: str, plan: Plan) -> list[int]:
     return [k]
 
 
-def _replayed(path: Path, plan: Plan) -> list[PlannedCandidate]:
+def _replayed(path: Path, plan: Plan, matched: frozenset[str]) -> list[PlannedCandidate]:
     try:
         edited = Plan.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -194,12 +204,12 @@ def _replayed(path: Path, plan: Plan) -> list[PlannedCandidate]:
         raise UsageError(f"{path}: the plan has no candidates")
     names: set[str] = set()
     for candidate in edited.candidates:
-        _check(candidate, plan, names, path)
+        _check(candidate, plan, matched, names, path)
         names.add(candidate.name)
     return edited.candidates
 
 
-def _check(candidate: PlannedCandidate, plan: Plan, names: set[str], path: Path) -> None:
+def _check(candidate: PlannedCandidate, plan: Plan, matched: frozenset[str], names: set[str], path: Path) -> None:
     name, deepest = candidate.name, len(plan.units)
     if not name.replace("-", "").replace(".", "").replace("_", "").isalnum() or name in names or name == "merged":
         raise UsageError(f"{path}: {name!r} cannot name a candidate's file, or names two")
@@ -208,9 +218,14 @@ def _check(candidate: PlannedCandidate, plan: Plan, names: set[str], path: Path)
     if candidate.units and not candidate.adapters and not plan.units[candidate.units - 1].direct:
         unit = plan.units[candidate.units - 1].name
         raise UsageError(f"{path}: {name} has no adapters, but behind {unit} others than layers read the stem")
-    for space, channels in (*candidate.channels.items(), *candidate.private.items()):
-        if space not in plan.spaces:
-            raise UsageError(f"{path}: {name} names the channel space {space!r}, which these networks have not")
-        most = plan.spaces[space] * len(plan.tasks)
-        if not 1 <= channels <= most:
-            raise UsageError(f"{path}: {name} shares {channels} channels of {space!r}, which has from 1 to {most}")
+    for counts, most in ((candidate.channels, len(plan.tasks)), (candidate.private, 1)):
+        for space, channels in counts.items():
+            if space not in plan.spaces:
+                raise UsageError(f"{path}: {name} names the channel space {space!r}, which these networks have not")
+            if space in matched:
+                raise UsageError(f"{path}: {name}: all channels of {space!r} are shared, since they are read together")
+            size, what = plan.spaces[space] * most, "shared" if counts is candidate.channels else "private"
+            if not 1 <= channels <= size:
+                raise UsageError(
+                    f"{path}: {name} has {channels} {what} channels of {space!r}, but from 1 to {size} fit"
+                )

@@ -110,12 +110,13 @@ def find_subspaces(
         threads: for onnxruntime.
     """
     own = union.stems[union.names[0]]
-    places = {space.name: _places(own, union, space) for space in union.spaces}
+    kinds = {space.name: kind_of(own, space) for space in union.spaces}
+    mapped = [space for space in union.spaces if kinds[space.name] is not Kind.MATCH]
+    places = {space.name: _places(own, union, space) for space in mapped}
     rows = _gather(union, tasks, places, samples, seed, threads)
     found = {}
     for space in union.spaces:
-        kind = kind_of(own, space)
-        if kind is Kind.MATCH or not places[space.name]:
+        if not places.get(space.name):
             view = _matched(union, space, aligned)
             found[space.name] = SharedSpace(view, dict.fromkeys(union.names, view))
             continue
@@ -124,7 +125,7 @@ def find_subspaces(
             for place in places[space.name]
             for group, seen in rows[place.name, space.name]
         ]
-        mixed = kind is Kind.MIX and sights[0].rows.shape[1] <= _WIDEST
+        mixed = kinds[space.name] is Kind.MIX and sights[0].rows.shape[1] <= _WIDEST
         width, more = widths[space.name], private.get(space.name, 0)
         subspace = choose_subspace(sights, width, seed) if mixed else choose_channels(sights, width)
         view, views = View(subspace, decoder(subspace, sights)), {}
