@@ -23,7 +23,8 @@ import numpy as np
 from onnxmerge.passes.select_channels import Reading, select_channels
 
 _STEPS = 200
-_BATCH = 4096
+_BATCH, _ALL = 4096, 32768
+"""Most rows in each step, of one sight and of all."""
 _RATE = 3e-2
 """Of Adam, relative to the root mean square of Q."""
 _CHECK = 50
@@ -66,6 +67,12 @@ class Sight:
     def read(self) -> np.ndarray:
         """f(u)"""
         return self.rows if self.bend is None else self.bend(self.rows)
+
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """[rows, m] f(u) of the channels that cost something, and their rows of L."""
+        own = np.flatnonzero(self.root.any(axis=1))
+        rows = self.rows[:, own]
+        return rows if self.bend is None else self.bend(rows), self.root[own]
 
     def part(self, chosen: slice | np.ndarray) -> "Sight":
         """Some of the rows."""
@@ -193,9 +200,10 @@ def _descend(start: Subspace, learnt: Sequence[Sight], held_out: Sequence[Sight]
     mix, shift = start.mix.astype(np.float32), start.shift.astype(np.float32)
     best, least = start, _loss(start, held_out)
     scale = float(np.sqrt(np.mean(mix**2)))
+    count = min(_BATCH, max(_ALL // len(learnt), 4 * len(mix)))
     moments = [[np.zeros_like(mix), np.zeros_like(mix)], [np.zeros_like(shift), np.zeros_like(shift)]]
     for step in range(1, _STEPS + 1):
-        batch = [sight.part(generator.integers(0, len(sight.rows), _BATCH)) for sight in learnt]
+        batch = [sight.part(generator.integers(0, len(sight.rows), count)) for sight in learnt]
         gradients = _gradients(Subspace(mix, shift), batch)
         rate = _RATE * scale * (1 + np.cos(np.pi * step / _STEPS)) / 2
         for number, (array, gradient) in enumerate(zip((mix, shift), gradients, strict=True)):
@@ -215,8 +223,8 @@ def _loss(subspace: Subspace, sights: Sequence[Sight]) -> float:
     total = 0.0
     for sight in sights:
         made = _with_ones(_made(subspace, sight))
-        wanted = sight.read()
-        missed = (made @ _best(made, wanted) - wanted) @ sight.root
+        wanted, root = sight.counted()
+        missed = (made @ _best(made, wanted) - wanted) @ root
         total += float(np.vdot(missed, missed)) / len(made)
     return total
 
@@ -226,10 +234,10 @@ def _gradients(subspace: Subspace, sights: Sequence[Sight]) -> tuple[np.ndarray,
     for sight in sights:
         shared = sight.rows @ subspace.mix.T + subspace.shift
         made = _with_ones(shared if sight.bend is None else sight.bend(shared))
-        wanted = sight.read()
+        wanted, root = sight.counted()
         back = _best(made, wanted)
-        missed = (made @ back - wanted) @ sight.root
-        pulled = (2 / len(made)) * (missed @ sight.root.T) @ back[:-1].T
+        missed = (made @ back - wanted) @ root
+        pulled = (2 / len(made)) * (missed @ root.T) @ back[:-1].T
         if sight.bend is not None:
             pulled *= sight.bend.slope(shared)
         mix += pulled.T @ sight.rows
