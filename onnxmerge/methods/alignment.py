@@ -74,8 +74,8 @@ class Aligned:
     similarity: list[LayerSimilarity] = field(default_factory=list)
 
 
-def find_sharable(tasks: Sequence[Network]) -> Sharable:
-    """Match the networks from their inputs on and find every place where they can be split."""
+def find_sharable(tasks: Sequence[Network], until: str | None = None) -> Sharable:
+    """Match the networks from their inputs on and find every place where they can be split, up to the cut `until`."""
     reference, *others = tasks
     partners = {task.name: correspond(reference.model, task.model) for task in others}
     cuts: list[Cut] = []
@@ -91,6 +91,8 @@ def find_sharable(tasks: Sequence[Network]) -> Sharable:
         if place is not None:
             names = {task: found.values[unit.cut] for task, found in partners.items()} | {reference.name: unit.cut}
             cuts.append(Cut(unit, *place, names))
+        if unit.cut == until:
+            break
     sharable = Sharable(reference, cuts, [], partners, limit)
     if cuts:
         sharable.stem = sharable.up_to(cuts[-1])

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.methods.alignment import Sharable, stem_spaces
-from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of
+from onnxmerge.methods.structure import Size, Structure, Widths, size_of
 from onnxmerge.methods.task import Network
+from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.weights_plan import predicted_bytes
 from onnxmerge.methods.zip_choices import Mode
 
@@ -34,12 +35,19 @@ class PlannedCandidate(_Part):
 
     name: str
     units: int
-    """How many units, from the inputs on, are shared."""
+    """How many units, from the inputs on, are shared by all tasks."""
     channels: dict[str, int] = Field(default_factory=dict)
     """By space, how many channels its shared part has, where not as many as the first network."""
     private: dict[str, int] = Field(default_factory=dict)
     """By space, how many more channels each task computes for itself, from the shared ones and its own."""
+    branches: list[Branch] = Field(default_factory=list)
+    """Groups of tasks that share further."""
     predicted: Size | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether any tasks share anything."""
+        return self.units > 0 or bool(self.branches)
 
     @property
     def widths(self) -> Widths:
@@ -112,7 +120,8 @@ def make_plan(
         candidates=[],
         originals=size_of([task.model for task in tasks]),
     )
-    plan.candidates = _replayed(Path(share), plan) if Path(share).suffix == ".json" else []
+    forest = Forest(tasks, sharable)
+    plan.candidates = _replayed(Path(share), plan, forest) if Path(share).suffix == ".json" else []
     for k in [] if plan.candidates else _numbers(share, plan):
         for width, shared in itertools.product(widths, sharing) if k else [(1.0, 1.0)]:
             plan.candidates.append(_candidate(sharable, k, width, shared))
@@ -125,7 +134,7 @@ def make_plan(
                 update={"bytes": size, "parameters": plan.originals.parameters - saved // 4}
             )
         else:
-            candidate.predicted = _structure_size(tasks, sharable, candidate)
+            candidate.predicted = predicted_size(tasks, sharable, forest, candidate)
     return plan
 
 
@@ -141,10 +150,15 @@ def _candidate(sharable: Sharable, k: int, width: float, share: float) -> Planne
     return PlannedCandidate(name=name, units=k, channels=channels, private={s: n for s, n in private.items() if n})
 
 
-def _structure_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate) -> Size:
-    cut = sharable.cuts[candidate.units - 1] if candidate.units else None
+def predicted_size(tasks: Sequence[Network], sharable: Sharable, forest: Forest, candidate: PlannedCandidate) -> Size:
+    """How large a candidate will be, in compute mode.
+
+    Raises:
+        ModelError: a stem cannot get the candidate's widths.
+    """
+    tree = forest.tree(candidate.units, candidate.branches)
     try:
-        return size_of([merged_structure(sharable, tasks, cut, candidate.widths)])
+        return size_of([Structure(tasks, sharable, candidate.widths).merged(tree)])
     except ModelError as error:
         raise ModelError(f"{candidate.name}: its stem cannot have these widths: {error}") from error
 
@@ -166,7 +180,7 @@ def _numbers(share: str, plan: Plan) -> list[int]:
     return [k]
 
 
-def _replayed(path: Path, plan: Plan) -> list[PlannedCandidate]:
+def _replayed(path: Path, plan: Plan, forest: Forest) -> list[PlannedCandidate]:
     try:
         edited = Plan.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -182,6 +196,7 @@ def _replayed(path: Path, plan: Plan) -> list[PlannedCandidate]:
     names: set[str] = set()
     for candidate in edited.candidates:
         _check(candidate, plan, names, path)
+        _check_branches(candidate, plan, forest, path)
         names.add(candidate.name)
     return edited.candidates
 
@@ -198,3 +213,16 @@ def _check(candidate: PlannedCandidate, plan: Plan, names: set[str], path: Path)
         most = plan.spaces[space] * len(plan.tasks)
         if not 1 <= channels <= most:
             raise UsageError(f"{path}: {name} shares {channels} channels of {space!r}, which has from 1 to {most}")
+
+
+def _check_branches(candidate: PlannedCandidate, plan: Plan, forest: Forest, path: Path) -> None:
+    if candidate.branches and plan.mode != Mode.COMPUTE:
+        raise UsageError(f"{path}: {candidate.name} has branches, but with --mode {plan.mode} there are none")
+    if candidate.branches and candidate.private:
+        raise UsageError(
+            f"{path}: {candidate.name} has branches and private channels: behind these no tasks share anything"
+        )
+    try:
+        forest.tree(candidate.units, candidate.branches)
+    except UsageError as error:
+        raise UsageError(f"{path}: {candidate.name}: {error}") from error

@@ -1,6 +1,6 @@
 """What follows a stem: for each task an adapter and its own layers, refitted behind it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from onnxmerge.ir.units import find_units
 from onnxmerge.methods.alignment import Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.task import Network, Task
-from onnxmerge.passes.attach_tails import AttachTails
+from onnxmerge.passes.attach_tails import SHARED, AttachTails
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.refit import Refit, Solve, Teacher
 from onnxmerge.passes.split_off import STEM
@@ -31,18 +31,21 @@ class Stem:
     sides: Mapping[str, oir.Model] = field(default_factory=dict)
     """By task what computes its private channels beside the stem (see `SplitOff`), where it has some."""
 
-    def attach(self, tails: Mapping[str, oir.Model]) -> oir.Model:
-        """The stem, the sides and behind them the tails as one model."""
+    def attach(
+        self, tails: Mapping[str, oir.Model], *, merged: Collection[str] = (), shared: str = SHARED
+    ) -> oir.Model:
+        """The stem, the sides and behind them the tails as one model; see `AttachTails`."""
         sides = self.sides
-        return self._compose(
-            {t: chain(sides[t], tail, "private/") if t in sides else tail for t, tail in tails.items()}
-        )
+        pieces = {t: chain(sides[t], tail, "private/") if t in sides else tail for t, tail in tails.items()}
+        return self._compose(pieces, merged, shared)
 
     def beside(self, tasks: Sequence[str]) -> oir.Model:
         """The stem and the sides of some tasks; outputs are what their tails read."""
         return self._compose({task: self.sides[task] for task in tasks}) if self.sides else self.model
 
-    def _compose(self, pieces: Mapping[str, oir.Model]) -> oir.Model:
+    def _compose(
+        self, pieces: Mapping[str, oir.Model], merged: Collection[str] = (), shared: str = SHARED
+    ) -> oir.Model:
         inputs = [value.name or "" for value in self.model.graph.inputs]
         (last,) = (value.name or "" for value in self.model.graph.outputs)
         reads = {
@@ -50,7 +53,8 @@ class Stem:
             for task, piece in pieces.items()
         }
         read = dict.fromkeys(name for own in reads.values() for name in own if name not in inputs)
-        return AttachTails(pieces, reads)(cut_out(self.model, inputs, list(read))).model
+        stem = cut_out(self.model, inputs, list(read))
+        return AttachTails(pieces, reads, merged=merged, shared=shared)(stem).model
 
 
 def fit_tails(
@@ -70,13 +74,19 @@ def own_tail(task: Network, cut: Cut) -> oir.Model:
     return cut_out(task.model, [cut.names[task.name]], task.outputs)
 
 
-def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fitting) -> oir.Model:
+def adapted_tail(task: Network, cut: Cut, matrix: np.ndarray) -> oir.Model:
+    """The task's own layers behind an adapter [own channels, arriving channels]; the input is called `ARRIVING`."""
     theirs = cut.names[task.name]
     tail = own_tail(task, cut).clone()
     rename_value(tail, theirs, ARRIVING)
+    InsertAdapter(cut.axis, matrix, theirs)(tail)
+    return tail
+
+
+def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fitting) -> oir.Model:
     matrix = stem.adapters[task.name]
     assert matrix is not None
-    InsertAdapter(cut.axis, matrix, theirs)(tail)
+    tail = adapted_tail(task, cut, matrix)
     refit_tail(tail, task, cut, stem.beside([task.name]), sharable.reference, least_squares(1), fitting)
     return tail
 
@@ -88,20 +98,22 @@ def refit_tail(
 
     Args:
         tail: its only input is called `ARRIVING`; what it then reads has the task's own name of the cut.
-        task: the original and its samples.
+        task: the original and its samples, or a tail of one, which is refitted to the original all the same.
         cut: where the tail begins.
         before: what it stands behind; its only output arrives.
         reader: the network whose input names `before` has.
         solve: the rule.
         fitting: samples, seed, threads.
     """
-    theirs, teacher = cut.names[task.name], own_tail(task, cut)
-    split = task.data.calibration.take(fitting.samples, fitting.seed)
+    original = task.original or task
+    theirs, teacher = cut.names[task.name], own_tail(original, cut)
+    split, whole = (own.data.calibration.take(fitting.samples, fitting.seed) for own in (task, original))
     folder = fitting.folder / f"cut-{task.name}"
     (read,) = (value.name or "" for value in before.graph.outputs)
     arriving = store(before, task.feeds(split, reader), [read], folder / "student", threads=fitting.threads)
-    wanted = store(task.model, task.feeds(split, task), [theirs], folder / "teacher", threads=fitting.threads)
-    cuts = [unit.cut for unit in find_units(task.model)]
+    feeds = original.feeds(whole, original)
+    wanted = store(original.model, feeds, [theirs], folder / "teacher", threads=fitting.threads)
+    cuts = [unit.cut for unit in find_units(original.model)]
     values = {name: name for name in value_names(teacher)} | {ARRIVING: theirs}
     Refit(
         {task.name: Teacher(teacher, wanted, Renamed(arriving, {read: ARRIVING}), len(split), values)},

@@ -24,15 +24,16 @@ from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
 from onnxmerge.methods.bounds import Bounds
 from onnxmerge.methods.candidates import Interrupted, Shelf
+from onnxmerge.methods.fitted_tree import FittedLevel
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.pictures import held_out_pictures
 from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.stem import Stems
-from onnxmerge.methods.structure import Widths, merged_structure, size_of
-from onnxmerge.methods.tails import fit_tails
+from onnxmerge.methods.structure import Structure, size_of
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
+from onnxmerge.methods.tree import Forest
 from onnxmerge.methods.weights_mode import share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Mode, Start
@@ -148,6 +149,7 @@ class _Run:
         self.bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
         self.aligned: dict[str, Aligned] = {}
         self.stems = Stems(sharable, self.aligned, tasks, self.fitting)
+        self.forest = Forest(tasks, sharable)
         self.candidates: list[Candidate] = []
         self.bounds = Bounds(settings.max_drop, settings.max_bytes, settings.min_speedup, plan.originals.macs)
         self.notes = [f"At most {len(plan.units)} units can be shared: {plan.limit}."]
@@ -175,7 +177,7 @@ class _Run:
         self.progress.stage(f"{name}: fit", None)
         start, merged = self._closed_form(planned)
         losses: list[tuple[int, float]] = []
-        if self.settings.steps and k > 0:
+        if self.settings.steps and planned.shares:
             losses = self._calibrate(name, merged, self.settings.steps)
         path = self.shelf.model_path(name)
         metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
@@ -217,17 +219,16 @@ class _Run:
 
     def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model]:
         """The best of the settings' starts by its worst task on some held-out samples."""
-        if not planned.units:
-            return None, merged_structure(self.sharable, self.tasks, None, Widths())
+        tree = self.forest.tree(planned.units, planned.branches)
+        if not planned.shares:
+            return None, Structure(self.tasks, self.sharable).merged(tree)
         if self.settings.mode is Mode.WEIGHTS:
             return None, self._shared_weights(planned)
-        cut = self.sharable.cuts[planned.units - 1]
         tried = []
         own = bool(planned.channels or planned.private)
         for start in (Start.SUBSPACE,) if own else self.settings.starts:
-            stem = self.stems.up_to(cut, start, planned.widths)
-            tails = fit_tails(self.sharable, self.tasks, stem, cut, self.fitting)
-            tried.append((start, stem.attach(tails)))
+            level = FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start, planned.widths)
+            tried.append((start, level.merged(tree)))
         if len(tried) == 1:
             return tried[0]
         return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0)
