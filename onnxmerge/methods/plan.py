@@ -15,6 +15,9 @@ from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.weights_plan import predicted_bytes
 from onnxmerge.methods.zip_choices import Mode
 
+TREE = "tree"
+"""What `share` says when groups of tasks may share further."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -89,7 +92,8 @@ def make_plan(
     Args:
         tasks: the networks, the reference first.
         sharable: what they have in common.
-        share: `auto`, a number of units, a fraction of them, or the path of a plan.
+        share: `auto`, `tree` (which plans the same; trees are found when these are measured), a number of units, a
+            fraction of them, or the path of a plan.
         widths: how many channels a task reads of a stem, relative to the first network; each makes candidates.
         sharing: which share of these is computed once for all tasks, the rest for each; each makes candidates.
         mode: what sharing means.
@@ -165,7 +169,7 @@ def predicted_size(tasks: Sequence[Network], sharable: Sharable, forest: Forest,
 
 def _numbers(share: str, plan: Plan) -> list[int]:
     deepest = len(plan.units)
-    if share == "auto":
+    if share in ("auto", TREE):
         return list(range(deepest + 1))
     try:
         number = float(share)
@@ -174,7 +178,9 @@ def _numbers(share: str, plan: Plan) -> list[int]:
     whole = share.isdigit()
     k = int(share) if whole else round(number * deepest)
     if not number >= 0 or (not whole and number > 1):
-        raise UsageError(f"--share {share}: give auto, a number of units, a fraction from 0.0 to 1.0, or a plan.json")
+        raise UsageError(
+            f"--share {share}: give auto, tree, a number of units, a fraction from 0.0 to 1.0, or a plan.json"
+        )
     if k > deepest:
         raise UsageError(f"--share {share}: these networks can share at most {deepest} units: {plan.limit}")
     return [k]
