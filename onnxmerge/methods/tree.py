@@ -82,6 +82,8 @@ class Forest:
                 common = set(group) & set(other)
                 if common and (common != set(group) or len(group) == len(other)):
                     raise UsageError(f"the groups {_listed(other)} and {_listed(group)} overlap, but are not nested")
+                if "+".join(group) == "+".join(other):
+                    raise UsageError(f"the groups {_listed(other)} and {_listed(group)} would have one name")
         return self._fork(tuple(self._networks), units, groups)
 
     def _fork(self, tasks: tuple[str, ...], units: int, inner: Sequence[tuple[tuple[str, ...], int]]) -> Fork:
