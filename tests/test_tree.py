@@ -18,9 +18,12 @@ from typer.testing import CliRunner
 import onnxmerge
 from onnxmerge.cli.app import app
 from onnxmerge.errors import UsageError
+from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.load import load
+from onnxmerge.ir.normalise import normalise
 from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import find_spaces
+from onnxmerge.ir.weights import get_array, set_array
 from onnxmerge.methods.alignment import find_sharable
 from onnxmerge.methods.check import check_spaces
 from onnxmerge.methods.extract import extract_task
@@ -34,6 +37,7 @@ from onnxmerge.passes.permute import Permute
 from onnxmerge.report.schema import Result
 
 IMAGES = np.random.default_rng(0).uniform(size=(64, 3, 10, 10)).astype(np.float32)
+DEMO = Path(onnxmerge.__file__).parent / "demo"
 UNITS = 3
 """Of each network that `original` makes."""
 
@@ -196,15 +200,6 @@ def test_each_task_may_have_its_own_data(tmp_path, trio, samples):
         assert all((score.relative_error or 1) < 0.2 for score in result.candidates[0].tasks.values())
 
 
-def test_tails_are_refitted_to_the_originals_not_to_what_the_level_above_made_of_them(tmp_path, trio, samples):
-    """A group's tails repair what the stem of all got wrong: they end nearer to the originals than plain ones."""
-    share = edited(tmp_path, trio, {"units": 2}, {"units": 1, "branches": [branch("ab", 2)]})
-    plain, tree = zipped(tmp_path, trio, samples, share, starts=(Start.SUBSPACE,)).candidates
-    assert max(tree.tasks[task].relative_error or 1 for task in "ab") < max(
-        plain.tasks[task].relative_error or 1 for task in "ab"
-    )
-
-
 @pytest.mark.slow
 def test_calibration_trains_a_tree(tmp_path, trio, samples):
     share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ac", 2)]})
@@ -354,6 +349,30 @@ def test_an_automatic_tree_finds_the_copies(tmp_path, trio, samples):
     assert "a+b" in (tmp_path / "out/report.html").read_text()
     again = zipped(tmp_path / "again", trio, samples, tmp_path / "out/plan.json", max_drop=1e-3)
     assert [c.tasks for c in again.candidates] == [c.tasks for c in result.candidates]
+
+
+@pytest.mark.slow
+def test_tasks_of_one_backbone_are_grouped(tmp_path):
+    """Digits, whether they are odd (the digits' network with another head, permuted), and clothes."""
+    model = load(DEMO / "digits.onnx")
+    head = find_layers(model)[-1]
+    assert head.bias is not None
+    odd = np.eye(2, dtype=np.float32)[np.arange(10) % 2].T  # [2, 10]
+    along = get_array(head.weight).shape.index(10)
+    set_array(head.weight, np.moveaxis(np.tensordot(odd, get_array(head.weight), (1, along)), 0, along))
+    set_array(head.bias, odd @ get_array(head.bias))
+    save(normalise(model), tmp_path / "plain.onnx")
+    models = [DEMO / "digits.onnx", DEMO / "fashion.onnx", twin(tmp_path / "odd.onnx", tmp_path / "plain.onnx")]
+    with np.load(DEMO / "digits.npz") as samples:
+        arrays = {name: samples[name] % 2 if "labels" in name else samples[name] for name in samples.files}
+    np.savez(tmp_path / "odd.npz", **arrays)
+    (tmp_path / "odd.yaml").write_text((DEMO / "digits.yaml").read_text().replace("digits.npz", "odd.npz"))
+    data = {"digits": DEMO / "digits.yaml", "fashion": DEMO / "fashion.yaml", "odd": tmp_path / "odd.yaml"}
+    result = zipped(tmp_path, models, data, "tree", starts=(Start.LEAST_SQUARES,), samples=400, max_drop=0.03)
+    chosen = result.candidate(result.chosen or "")
+    plain = [own for own in result.candidates if not own.branches and own.within(0.03) == set(own.tasks)]
+    assert chosen.branches == {"digits+odd": 5}
+    assert (chosen.macs or 0) < 0.9 * min(own.macs or 0 for own in plain)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from onnxmerge.methods.alignment import Aligned, Cut, Sharable, align, find_shar
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.stem import Stems
 from onnxmerge.methods.structure import Widths
-from onnxmerge.methods.tails import ARRIVING, Stem, adapted_tail, fit_tails
+from onnxmerge.methods.tails import Stem, adapted_tail, fit_tails
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.tree import Fork, Level
 from onnxmerge.methods.zip_choices import Start
@@ -43,11 +43,14 @@ class FittedLevel(Level):
         super().__init__(tasks, sharable)
         self._tasks, self._stems, self._fitting = tasks, stems, fitting
         self._start, self._widths = start, widths or Widths()
+        self._last: tuple[Cut, Stem, dict[str, oir.Model]] | None = None
 
     def split(self, cut: Cut) -> tuple[Stem, dict[str, oir.Model]]:
-        """See `Stems` and `fit_tails`."""
-        stem = self._stems.up_to(cut, self._start, self._widths)
-        return stem, fit_tails(self.sharable, self._tasks, stem, cut, self._fitting)
+        """See `Stems` and `fit_tails`; the last one made is kept, since several trees may grow from it."""
+        if self._last is None or self._last[0] is not cut:
+            stem = self._stems.up_to(cut, self._start, self._widths)
+            self._last = cut, stem, fit_tails(self.sharable, self._tasks, stem, cut, self._fitting)
+        return self._last[1:]
 
     def below(self, group: Fork, stem: Stem | None, cut: Cut | None, tails: Mapping[str, oir.Model]) -> Level:
         """The tails of the group as networks, aligned on the samples that arrive there."""
@@ -67,39 +70,40 @@ class FittedLevel(Level):
     ) -> list[Task]:
         """The tails of some tasks, which all read the stem through an adapter when one does, with their samples."""
         adapted = any(stem.adapters[task.name] is not None for task in tasks)
-        arriving: dict[int, Dataset] = {}
+        arriving: dict[tuple[int, str], Dataset] = {}
         found = []
         for task in tasks:
             tail = tails[task.name]
             if adapted and stem.adapters[task.name] is None:
                 tail = adapted_tail(task, cut, np.eye(cut.size, dtype=np.float32))
-            if id(task.data) not in arriving:  # tasks with the same data go on sharing them
-                arriving[id(task.data)] = self._arriving(task, stem, folder / f"samples-{len(arriving)}")
-            original = task.original or task
-            found.append(replace(task, model=tail, data=arriving[id(task.data)], original=original))
+            name = tail.graph.inputs[0].name or ""
+            key = id(task.data), name
+            if key not in arriving:  # tasks with the same data go on sharing them
+                arriving[key] = self._arriving(task, stem, name, folder / f"samples-{len(arriving)}")
+            found.append(replace(task, model=tail, data=arriving[key]))
         return found
 
-    def _arriving(self, task: Task, stem: Stem, folder: Path) -> Dataset:
+    def _arriving(self, task: Task, stem: Stem, name: str, folder: Path) -> Dataset:
         split = task.data.calibration.take(self._fitting.samples, self._fitting.seed)
         (end,) = (value.name or "" for value in stem.model.graph.outputs)
         samples = task.feeds(split, self.sharable.reference)
-        kept = _Kept(store(stem.model, samples, [end], folder, threads=self._fitting.threads).arrays[end])
+        kept = _Kept(name, store(stem.model, samples, [end], folder, threads=self._fitting.threads).arrays[end])
         return Dataset(task.data.source, Split(kept), Split(kept, np.arange(0)), task.data.stand_in)
 
 
 class _Kept:
-    """Samples of one array, without labels; see `onnxmerge.data.dataset.Samples`."""
+    """Samples of one array for the input `name`, without labels; see `onnxmerge.data.dataset.Samples`."""
 
     has_labels = False
 
-    def __init__(self, values: np.ndarray | OnDisk):
-        self._values = values
+    def __init__(self, name: str, values: np.ndarray | OnDisk):
+        self._name, self._values = name, values
 
     def __len__(self) -> int:
         return len(self._values)
 
     def read(self, rows: np.ndarray) -> Batch:
-        return Batch({ARRIVING: self._values[rows]}, None)
+        return Batch({self._name: self._values[rows]}, None)
 
 
 def _stems(tasks: Sequence[Task], sharable: Sharable, fitting: Fitting) -> Stems:

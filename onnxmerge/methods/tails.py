@@ -98,22 +98,20 @@ def refit_tail(
 
     Args:
         tail: its only input is called `ARRIVING`; what it then reads has the task's own name of the cut.
-        task: the original and its samples, or a tail of one, which is refitted to the original all the same.
+        task: the original and its samples.
         cut: where the tail begins.
         before: what it stands behind; its only output arrives.
         reader: the network whose input names `before` has.
         solve: the rule.
         fitting: samples, seed, threads.
     """
-    original = task.original or task
-    theirs, teacher = cut.names[task.name], own_tail(original, cut)
-    split, whole = (own.data.calibration.take(fitting.samples, fitting.seed) for own in (task, original))
+    theirs, teacher = cut.names[task.name], own_tail(task, cut)
+    split = task.data.calibration.take(fitting.samples, fitting.seed)
     folder = fitting.folder / f"cut-{task.name}"
     (read,) = (value.name or "" for value in before.graph.outputs)
     arriving = store(before, task.feeds(split, reader), [read], folder / "student", threads=fitting.threads)
-    feeds = original.feeds(whole, original)
-    wanted = store(original.model, feeds, [theirs], folder / "teacher", threads=fitting.threads)
-    cuts = [unit.cut for unit in find_units(original.model)]
+    wanted = store(task.model, task.feeds(split, task), [theirs], folder / "teacher", threads=fitting.threads)
+    cuts = [unit.cut for unit in find_units(task.model)]
     values = {name: name for name in value_names(teacher)} | {ARRIVING: theirs}
     Refit(
         {task.name: Teacher(teacher, wanted, Renamed(arriving, {read: ARRIVING}), len(split), values)},

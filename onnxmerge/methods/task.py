@@ -76,11 +76,9 @@ class Network:
 
 @dataclass
 class Task(Network):
-    """A network with its samples; it may be the tail of an original, with the samples that arrive there."""
+    """A network with its samples."""
 
     data: Dataset
-    original: "Task | None" = None
-    """The network whose tail this is; None for an original. The calibration samples are the same, in one order."""
 
     def feeds(self, split: Split, reader: Network) -> Feeds:
         """This task's samples under the input names of `reader`; inputs pair in order."""

@@ -151,6 +151,7 @@ class _Run:
         self.bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
         self.aligned: dict[str, Aligned] = {}
         self.stems = Stems(sharable, self.aligned, tasks, self.fitting)
+        self.levels: dict[Start, FittedLevel] = {}
         self.forest = Forest(tasks, sharable)
         self.candidates: list[Candidate] = []
         self.bounds = Bounds(settings.max_drop, settings.max_bytes, settings.min_speedup, plan.originals.macs)
@@ -259,11 +260,18 @@ class _Run:
         tried = []
         own = bool(planned.channels or planned.private)
         for start in (Start.SUBSPACE,) if own else self.settings.starts:
-            level = FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start, planned.widths)
-            tried.append((start, level.merged(tree)))
+            tried.append((start, self._level(start, planned).merged(tree)))
         if len(tried) == 1:
             return tried[0]
         return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0)
+
+    def _level(self, start: Start, planned: PlannedCandidate) -> FittedLevel:
+        """Of all tasks; the same for all candidates whose stem has the first network's widths."""
+        if planned.channels or planned.private:
+            return FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start, planned.widths)
+        if start not in self.levels:
+            self.levels[start] = FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start)
+        return self.levels[start]
 
     def _shared_weights(self, planned: PlannedCandidate) -> oir.Model:
         def after(merged: oir.Model, layer: str) -> None:
