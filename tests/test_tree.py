@@ -23,8 +23,10 @@ from onnxmerge.ir.load import load
 from onnxmerge.ir.normalise import normalise
 from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import find_spaces
+from onnxmerge.ir.units import find_units
 from onnxmerge.ir.weights import get_array, set_array
 from onnxmerge.methods.alignment import find_sharable
+from onnxmerge.methods.calibrating import feature_taps
 from onnxmerge.methods.check import check_spaces
 from onnxmerge.methods.extract import extract_task
 from onnxmerge.methods.grow_tree import Kept, grow_tree
@@ -210,6 +212,18 @@ def test_calibration_trains_a_tree(tmp_path, trio, samples):
     assert (after.worst_drop or 0) <= (before.worst_drop or 0)
 
 
+def test_calibration_is_told_of_what_a_task_computes_behind_its_last_stem(tmp_path, trio, samples):
+    share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ab", 2)]})
+    path = zipped(tmp_path, trio, samples, share, starts=(Start.SUBSPACE,)).candidates[0].path
+    networks = load_networks(trio)
+    taps = feature_taps(load(path or ""), networks)  # type: ignore[arg-type]
+    cuts = {network.name: [unit.cut for unit in find_units(network.model)] for network in networks}
+    wanted = [
+        (task, f"{task}/{cut}", cut) for task, first in (("a", 1), ("b", 1), ("c", 0)) for cut in cuts[task][first:]
+    ]
+    assert [(tap.task, tap.student, tap.teacher) for tap in taps] == wanted
+
+
 # --- what other commands make of it -----------------------------------------------------------------------------------
 
 
@@ -249,6 +263,19 @@ def test_it_is_as_large_as_predicted(tmp_path, trio, samples):
         assert (candidate.parameters, candidate.macs) == (size.parameters, size.macs)
     originals = written["originals"]
     assert result.candidates[0].macs is not None and result.candidates[0].macs < originals["macs"]
+
+
+def test_other_commands_take_it(tmp_path, trio, samples):
+    share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ab", UNITS)]})
+    path = zipped(tmp_path, trio, samples, share).candidates[0].path
+    against = [part for model in trio for part in ("--against", str(model))]
+    for bound, code in (("0.2", 0), ("1e-4", 1)):
+        arguments = ["validate", str(path), *against, "--data", str(samples), "--max-drop", bound, "--json"]
+        found = CliRunner().invoke(app, arguments)
+        assert found.exit_code == code, found.stderr
+        assert set(json.loads(found.stdout)["candidates"][0]["tasks"]) == set("abc")
+    headline = (tmp_path / "out/report.html").read_text()
+    assert "shares 1 of 3 stem units between 3 tasks, 3 units between a+b" in headline
 
 
 def test_the_law_holds_for_a_tree(tmp_path, trio, samples):

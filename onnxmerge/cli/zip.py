@@ -9,7 +9,7 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
-from onnxmerge.methods.zip_choices import Mode, Pairing, Rule, Start
+from onnxmerge.methods.zip_choices import TREE, Mode, Pairing, Rule, Start
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,7 +113,7 @@ def zip(
         return
     if output is None:
         raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
-    explicit = share not in ("auto", "tree")
+    explicit = share not in ("auto", TREE)
     budget = max_bytes is not None or min_speedup is not None
     settings = ZipSettings(
         share=share,
@@ -169,7 +169,7 @@ def _print_plan(plan: object, share: str, as_json: bool) -> None:
     console = Console()
     console.print(table)
     console.print(f"At most {len(plan.units)} units can be shared: {plan.limit}.")
-    if share == "tree":
+    if share == TREE:
         console.print(
             "Trees are planned when these candidates are measured: groups of tasks that keep --max-drop deeper."
         )

@@ -13,10 +13,7 @@ from onnxmerge.methods.structure import Size, Structure, Widths, size_of
 from onnxmerge.methods.task import Network
 from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.weights_plan import predicted_bytes
-from onnxmerge.methods.zip_choices import Mode
-
-TREE = "tree"
-"""What `share` says when groups of tasks may share further."""
+from onnxmerge.methods.zip_choices import TREE, Mode
 
 
 class _Part(BaseModel):
@@ -158,13 +155,13 @@ def predicted_size(tasks: Sequence[Network], sharable: Sharable, forest: Forest,
     """How large a candidate will be, in compute mode.
 
     Raises:
-        ModelError: a stem cannot get the candidate's widths.
+        ModelError: a stem cannot get the candidate's widths, or a group cannot be split behind another.
     """
     tree = forest.tree(candidate.units, candidate.branches)
     try:
         return size_of([Structure(tasks, sharable, candidate.widths).merged(tree)])
     except ModelError as error:
-        raise ModelError(f"{candidate.name}: its stem cannot have these widths: {error}") from error
+        raise ModelError(f"{candidate.name}: it cannot be made as planned: {error}") from error
 
 
 def _numbers(share: str, plan: Plan) -> list[int]:

@@ -29,7 +29,7 @@ from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.grow_tree import Kept, grow_tree
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.pictures import held_out_pictures
-from onnxmerge.methods.plan import TREE, Plan, PlannedCandidate, make_plan, predicted_size
+from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan, predicted_size
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.stem import Stems
 from onnxmerge.methods.structure import Structure, size_of
@@ -37,7 +37,7 @@ from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
 from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.weights_mode import share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
-from onnxmerge.methods.zip_choices import Mode, Start
+from onnxmerge.methods.zip_choices import TREE, Mode, Start
 from onnxmerge.methods.zip_settings import ZipSettings
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, worst_drop

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from onnxmerge.errors import UsageError
-from onnxmerge.methods.zip_choices import Mode, Pairing, Rule, Start
+from onnxmerge.methods.zip_choices import TREE, Mode, Pairing, Rule, Start
 
 
 @dataclass(frozen=True)
@@ -68,5 +68,5 @@ class ZipSettings:
             raise UsageError("--sharing: give a number above 0 and at most 1")
         if self.mode is Mode.WEIGHTS and set(self.widths) != {1.0}:
             raise UsageError("--width: in weights mode every task keeps its own width")
-        if self.share == "tree" and (self.mode is Mode.WEIGHTS or {*self.widths, *self.sharing} != {1.0}):
-            raise UsageError("--share tree: trees are for --mode compute, without --width and --sharing")
+        if self.share == TREE and (self.mode is Mode.WEIGHTS or {*self.widths, *self.sharing} != {1.0}):
+            raise UsageError(f"--share {TREE}: trees are for --mode compute, without --width and --sharing")

@@ -115,7 +115,7 @@ def _nothing_chosen(result: Result) -> str:
 
 def _sharing(chosen: Candidate, result: Result) -> str:
     name = one_line(chosen.name)
-    if not result.units:
+    if not result.units and not chosen.branches:
         return f"{name} was chosen"
     branches = [f"{units} units between {one_line(group)}" for group, units in chosen.branches.items()]
     if chosen.share == 0:
