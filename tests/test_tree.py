@@ -101,10 +101,13 @@ def edited(folder: Path, models: Sequence[Path], *candidates: dict[str, Any]) ->
     return path
 
 
-def zipped(folder: Path, models: Sequence[Path], data: object, share: object, **changes: Any) -> Result:
+def zipped(
+    folder: Path, models: Sequence[Path], data: object, share: object, *, resume: bool = False, **changes: Any
+) -> Result:
     quick = {"steps": 0, "samples": 200, "measure": False, "starts": (Start.KEEP,), "max_drop": None, "threads": 1}
     chosen = onnxmerge.ZipSettings(share=str(share), **(quick | changes))
-    return onnxmerge.zip_models(models, data, folder / "out", settings=chosen, overwrite=True)  # type: ignore[arg-type]
+    out = folder / "out"
+    return onnxmerge.zip_models(models, data, out, settings=chosen, overwrite=not resume, resume=resume)  # type: ignore[arg-type]
 
 
 def merged_outputs(path: str | None) -> dict[str, np.ndarray]:
@@ -342,12 +345,23 @@ def test_a_finished_tree_is_taken_again(tmp_path, trio, samples):
     first = zipped(tmp_path, trio, samples, share)
     (tmp_path / "out/t1.onnx").unlink()
     before = (tmp_path / "out/t0.onnx").stat().st_mtime_ns
-    chosen = onnxmerge.ZipSettings(
-        share=str(share), steps=0, samples=200, measure=False, starts=(Start.KEEP,), max_drop=None, threads=1
-    )
-    again = onnxmerge.zip_models(trio, samples, tmp_path / "out", settings=chosen, resume=True)
+    again = zipped(tmp_path, trio, samples, share, resume=True)
     assert (tmp_path / "out/t0.onnx").stat().st_mtime_ns == before and (tmp_path / "out/t1.onnx").is_file()
     assert again.candidates[0] == first.candidates[0]
+
+
+def test_trees_that_were_found_are_found_again(tmp_path, trio, samples):
+    first = zipped(tmp_path, trio, samples, "tree", max_drop=1e-3)
+    plan, before = (tmp_path / "out/plan.json").read_text(), (tmp_path / "out/tree01.onnx").read_bytes()
+    again = zipped(tmp_path, trio, samples, "tree", max_drop=1e-3, resume=True)
+    assert again.candidates == first.candidates and again.chosen == first.chosen
+    assert (tmp_path / "out/plan.json").read_text() == plan
+    replayed = zipped(tmp_path / "again", trio, samples, tmp_path / "out/plan.json", max_drop=1e-3)
+    assert [own.tasks for own in replayed.candidates] == [own.tasks for own in first.candidates]
+    weights = [
+        onnx.load_from_string(text).graph for text in (before, (tmp_path / "again/out/tree01.onnx").read_bytes())
+    ]
+    assert weights[0] == weights[1]  # only the recipes differ
 
 
 def test_the_dry_run_prints_a_tree(tmp_path, trio):
@@ -374,8 +388,6 @@ def test_an_automatic_tree_finds_the_copies(tmp_path, trio, samples):
     plan = json.loads((tmp_path / "out/plan.json").read_text())
     assert [candidate["name"] for candidate in plan["candidates"]] == [c.name for c in result.candidates]
     assert "a+b" in (tmp_path / "out/report.html").read_text()
-    again = zipped(tmp_path / "again", trio, samples, tmp_path / "out/plan.json", max_drop=1e-3)
-    assert [c.tasks for c in again.candidates] == [c.tasks for c in result.candidates]
 
 
 @pytest.mark.slow
