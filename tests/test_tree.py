@@ -167,7 +167,9 @@ def test_two_groups_of_two(tmp_path, trio, samples):
     result = zipped(tmp_path, models, samples, share)
     assert max(errors(result, models).values()) < 1e-3
     assert max(errors(result, models, 1).values()) < 0.6
-    names = [node.name for node in onnx.load(result.candidates[1].path).graph.node]
+    merged = onnx.load(result.candidates[1].path)
+    assert [value.name[:2] for value in merged.graph.output] == ["a/", "b/", "c/", "d/"]
+    names = [node.name for node in merged.graph.node]
     assert {name.split("/")[1] for name in names if name.startswith("shared/") and name.count("/") > 1} == {
         "a+c",
         "b+d",
@@ -194,15 +196,17 @@ def test_a_group_shares_deeper_than_all_can(tmp_path, trio, samples):
     assert found["c"] < 0.5
 
 
-def test_each_task_may_have_its_own_data(tmp_path, trio, samples):
+def test_each_task_may_have_its_own_data(tmp_path, trio):
+    """Data that lie far apart: what is fitted on another task's is worse than this (0.15 and 0.46 at the worst)."""
     data = {}
     for number, task in enumerate("abc"):
         data[task] = tmp_path / f"{task}.npz"
-        np.savez(data[task], x=np.random.default_rng(number).normal(number, 1, (90, 3, 10, 10)).astype(np.float32))
-    share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ab", UNITS)]})
+        images = np.random.default_rng(number).normal(3 * number - 3, 1, (90, 3, 10, 10))
+        np.savez(data[task], x=images.astype(np.float32))
+    share = edited(tmp_path, trio, *({"units": 1, "branches": [branch(group, UNITS)]} for group in ("ab", "bc")))
     for start in (Start.SUBSPACE, Start.LEAST_SQUARES):
-        result = zipped(tmp_path, trio, data, share, starts=(start,), weights=(1.0, 2.0, 3.0))
-        assert all((score.relative_error or 1) < 0.2 for score in result.candidates[0].tasks.values())
+        for candidate in zipped(tmp_path, trio, data, share, starts=(start,), weights=(1.0, 2.0, 3.0)).candidates:
+            assert all((score.relative_error or 1) < 0.12 for score in candidate.tasks.values())
 
 
 @pytest.mark.slow
@@ -253,6 +257,7 @@ def test_it_is_as_large_as_predicted(tmp_path, trio, samples):
         {"units": 1, "branches": [branch("ab", 2)]},
         {"units": 0, "branches": [branch("bc", UNITS)]},
         {"units": 1, "channels": {}, "branches": [branch("ac", UNITS)]},
+        {"units": 2, "branches": [branch("bc", UNITS)]},
     )
     plan = json.loads(share.read_text())
     plan["candidates"][2]["channels"] = {next(iter(plan["spaces"])): 12}
