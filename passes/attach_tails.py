@@ -4,7 +4,7 @@ The stem's nodes and weights get the prefix `shared/`, those of a tail its task'
 `TASK/output`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as oir
 
@@ -20,13 +20,24 @@ class AttachTails(oir.passes.FunctionalPass):
         tails: by task.
         reads: by task, for each input of its tail the output or input of the stem that it reads; where a task is
             missing, its inputs are the stem's outputs in order.
+        merged: which of the tails are merged models of several tasks; their names have their prefixes already.
+        shared: the prefix of the stem.
     """
 
     preserves = "exact"
 
-    def __init__(self, tails: Mapping[str, oir.Model], reads: Mapping[str, Sequence[str]] | None = None):
+    def __init__(
+        self,
+        tails: Mapping[str, oir.Model],
+        reads: Mapping[str, Sequence[str]] | None = None,
+        *,
+        merged: Collection[str] = (),
+        shared: str = SHARED,
+    ):
         self.tails = tails
         self.reads = reads or {}
+        self.merged = merged
+        self.shared = shared
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """Compose a new model; stem and tails stay as they are."""
@@ -35,33 +46,34 @@ class AttachTails(oir.passes.FunctionalPass):
         merged = oir.Graph(inputs, [], nodes=[], opset_imports=dict(stem.opset_imports), name="onnxmerge")
         bind = dict(zip([v.name or "" for v in stem.inputs], inputs, strict=True))
         order = [v.name or "" for v in stem.outputs]
-        cut = bind | splice(merged, stem, bind, SHARED)
+        cut = bind | splice(merged, stem, bind, self.shared)
         for task, tail in self.tails.items():
-            attach_tail(merged, task, tail, [cut[name] for name in self.reads.get(task, order)])
+            prefix = "" if task in self.merged else f"{task}/"
+            attach_tail(merged, prefix, tail, [cut[name] for name in self.reads.get(task, order)])
         composed = oir.Model(merged, ir_version=model.ir_version or 8, producer_name="onnxmerge")
         return oir.passes.PassResult(finish(composed), modified=True)
 
 
-def attach_tail(graph: oir.Graph, task: str, tail: oir.Model, arriving: Sequence[oir.Value]) -> None:
-    """Put a copy of `tail` behind values of `graph`, in place; its outputs become `TASK/output`.
+def attach_tail(graph: oir.Graph, prefix: str, tail: oir.Model, arriving: Sequence[oir.Value]) -> None:
+    """Put a copy of `tail` behind values of `graph`, in place; its outputs become those of `graph`.
 
     Args:
         graph: the graph that grows.
-        task: the prefix.
+        prefix: goes before every name of the tail: `TASK/`.
         tail: stays as it is.
         arriving: for each of its inputs what it reads.
     """
     piece = tail.clone().graph
     names = [value.name or "" for value in piece.outputs]
     bind = {value.name or "": own for value, own in zip(piece.inputs, arriving, strict=True)}
-    outputs = splice(graph, piece, bind, f"{task}/")
+    outputs = splice(graph, piece, bind, prefix)
     for name in names:
         value = outputs[name]
-        if value.name != f"{task}/{name}":  # the tail is empty or passes its input through
+        if value.name != f"{prefix}{name}":  # the tail is empty or passes its input through
             through = oir.node("Identity", [value])
             graph.append(through)
             value = through.outputs[0]
-            value.name = f"{task}/{name}"
+            value.name = f"{prefix}{name}"
         graph.outputs.append(value)
 
 

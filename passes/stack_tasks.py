@@ -97,7 +97,7 @@ class StackTasks(oir.passes.FunctionalPass):
             streams.add(copies)
         ends = [streams.own(value.name or "") for value in model.graph.outputs]
         for number, task in enumerate(stems):
-            attach_tail(graph, task, self.tails[task], [end[number] for end in ends])
+            attach_tail(graph, f"{task}/", self.tails[task], [end[number] for end in ends])
         composed = oir.Model(graph, ir_version=model.ir_version or 8, producer_name="onnxmerge")
         return oir.passes.PassResult(finish(composed), modified=True)
 

@@ -9,7 +9,7 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
-from onnxmerge.methods.zip_choices import Mode, Pairing, Rule, Start
+from onnxmerge.methods.zip_choices import TREE, Mode, Pairing, Rule, Start
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,11 @@ def zip(
     ] = None,
     share: Annotated[
         str,
-        typer.Option("--share", metavar="auto|K|FRACTION|plan.json", help="How many units to share; auto tries all."),
+        typer.Option(
+            "--share",
+            metavar="auto|tree|K|FRACTION|plan.json",
+            help="How many units to share; auto tries all, tree then lets groups of tasks share further.",
+        ),
     ] = "auto",
     width: Annotated[
         list[float],
@@ -49,7 +53,7 @@ def zip(
             "--max-drop",
             min=0.0,
             help="Largest loss of the worst task: accuracy where labels exist, else agreement, else relative error. "
-            "Default 0.01 with --share auto; with an explicit --share it is a bound only when given.",
+            "Default 0.01 with --share auto or tree; with another --share it is a bound only when given.",
             show_default=False,
         ),
     ] = None,
@@ -105,11 +109,11 @@ def zip(
 
     names = task_names(models)
     if dry_run:
-        _print_plan(plan_zip(models, share, width, sharing, mode), as_json)
+        _print_plan(plan_zip(models, share, width, sharing, mode), share, as_json)
         return
     if output is None:
         raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
-    explicit = share != "auto"
+    explicit = share not in ("auto", TREE)
     budget = max_bytes is not None or min_speedup is not None
     settings = ZipSettings(
         share=share,
@@ -145,7 +149,7 @@ def zip(
         raise GateFailed(f"{result.notes[-1]} See {output / 'report.html'}")
 
 
-def _print_plan(plan: object, as_json: bool) -> None:
+def _print_plan(plan: object, share: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -160,10 +164,15 @@ def _print_plan(plan: object, as_json: bool) -> None:
     _add_row(table, "originals", "", "", originals, originals)
     for candidate in plan.candidates:
         last = plan.units[candidate.units - 1].name if candidate.units else "nothing shared"
-        _add_row(table, candidate.name, str(candidate.units), last, candidate.predicted, originals)
+        units = ", ".join([str(candidate.units), *(f"{branch.name} {branch.units}" for branch in candidate.branches)])
+        _add_row(table, candidate.name, units, last, candidate.predicted, originals)
     console = Console()
     console.print(table)
     console.print(f"At most {len(plan.units)} units can be shared: {plan.limit}.")
+    if share == TREE:
+        console.print(
+            "Trees are planned when these candidates are measured: groups of tasks that keep --max-drop deeper."
+        )
 
 
 def _add_row(table: "Table", name: str, units: str, last: str, size: "Size | None", originals: "Size") -> None:

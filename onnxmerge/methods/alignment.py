@@ -86,8 +86,8 @@ class Aligned:
     similarity: list[LayerSimilarity] = field(default_factory=list)
 
 
-def find_sharable(tasks: Sequence[Network]) -> Sharable:
-    """Match the networks from their inputs on and find every place where they can be split."""
+def find_sharable(tasks: Sequence[Network], until: str | None = None) -> Sharable:
+    """Match the networks from their inputs on and find every place where they can be split, up to the cut `until`."""
     reference, *others = tasks
     partners = {task.name: correspond(reference.model, task.model) for task in others}
     cuts: list[Cut] = []
@@ -103,6 +103,8 @@ def find_sharable(tasks: Sequence[Network]) -> Sharable:
         if place is not None:
             cut = Cut(unit, *place, unit.cut, _names(reference, partners, unit.cut))
             cuts.append(replace(cut, direct=_direct(tasks, partners, cut)))
+        if unit.cut == until:
+            break
     sharable = Sharable(reference, cuts, [], partners, limit)
     if cuts:
         sharable.stem = sharable.up_to(cuts[-1])

@@ -8,12 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.layers import find_layers
-from onnxmerge.methods.alignment import Cut, Sharable, stem_spaces
-from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of
+from onnxmerge.methods.alignment import Sharable, stem_spaces
+from onnxmerge.methods.structure import Size, Structure, Widths, size_of
 from onnxmerge.methods.subspaces import Kind, kind_of
 from onnxmerge.methods.task import Network
+from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.weights_plan import predicted_bytes
-from onnxmerge.methods.zip_choices import Mode
+from onnxmerge.methods.zip_choices import TREE, Mode
 
 
 class _Part(BaseModel):
@@ -28,8 +29,6 @@ class PlannedUnit(_Part):
     layers: list[str]
     parameters: int
     macs: int | None
-    direct: bool = False
-    """Whether every task's next layers could read the unit's channels without an adapter."""
 
 
 class PlannedCandidate(_Part):
@@ -37,21 +36,21 @@ class PlannedCandidate(_Part):
 
     name: str
     units: int
-    """How many units, from the inputs on, are shared."""
+    """How many units, from the inputs on, are shared by all tasks."""
     channels: dict[str, int] = Field(default_factory=dict)
     """By space, how many channels its shared part has, where not as many as the first network."""
     private: dict[str, int] = Field(default_factory=dict)
     """By space, how many more channels each task computes for itself, from the shared ones and its own."""
-    adapters: bool = True
-    """Whether each task reads the stem through a linear map of its own; without, its next layers read it as it is."""
+    adapters: bool = False
+    """Whether tasks read stems through adapters even where their next layers can do without."""
+    branches: list[Branch] = Field(default_factory=list)
+    """Groups of tasks that share further."""
     predicted: Size | None = None
 
-    def cut(self, sharable: Sharable) -> Cut | None:
-        """Where its stem ends."""
-        if not self.units:
-            return None
-        cut = sharable.cuts[self.units - 1]
-        return cut if self.adapters else cut.direct
+    @property
+    def shares(self) -> bool:
+        """Whether any tasks share anything."""
+        return self.units > 0 or bool(self.branches)
 
     @property
     def widths(self) -> Widths:
@@ -93,7 +92,8 @@ def make_plan(
     Args:
         tasks: the networks, the reference first.
         sharable: what they have in common.
-        share: `auto`, a number of units, a fraction of them, or the path of a plan.
+        share: `auto`, `tree` (which plans the same; trees are found when these are measured), a number of units, a
+            fraction of them, or the path of a plan.
         widths: how many channels a task reads of a stem, relative to the first network; each makes candidates.
         sharing: which share of these is computed once for all tasks, the rest for each; each makes candidates.
         mode: what sharing means.
@@ -113,7 +113,6 @@ def make_plan(
                 layers=list(cut.unit.layers),
                 parameters=sum(layers[name].parameters for name in cut.unit.layers),
                 macs=None if any(own is None for own in macs) else sum(own or 0 for own in macs),
-                direct=cut.direct is not None,
             )
         )
     plan = Plan(
@@ -125,8 +124,9 @@ def make_plan(
         candidates=[],
         originals=size_of([task.model for task in tasks]),
     )
+    forest = Forest(tasks, sharable)
     matched = _matched(sharable) if mode is Mode.COMPUTE else frozenset()
-    plan.candidates = _replayed(Path(share), plan, matched) if Path(share).suffix == ".json" else []
+    plan.candidates = _replayed(Path(share), plan, forest, matched) if Path(share).suffix == ".json" else []
     for k in [] if plan.candidates else _numbers(share, plan):
         for width, shared in itertools.product(widths, sharing) if k else [(1.0, 1.0)]:
             plan.candidates.append(_candidate(sharable, k, width, shared, matched))
@@ -139,7 +139,7 @@ def make_plan(
                 update={"bytes": size, "parameters": plan.originals.parameters - saved // 4}
             )
         else:
-            candidate.predicted = _structure_size(tasks, sharable, candidate)
+            candidate.predicted = predicted_size(tasks, sharable, forest, candidate)
     return plan
 
 
@@ -150,10 +150,9 @@ def _matched(sharable: Sharable) -> frozenset[str]:
 
 
 def _candidate(sharable: Sharable, k: int, width: float, share: float, matched: frozenset[str]) -> PlannedCandidate:
-    adapters = k == 0 or sharable.cuts[k - 1].direct is None
     name = f"k{k:02d}" + ("" if width == 1 else f"-w{width:g}") + ("" if share == 1 else f"-s{share:g}")
     if width == share == 1:
-        return PlannedCandidate(name=name, units=k, adapters=adapters)
+        return PlannedCandidate(name=name, units=k)
     channels, private = {}, {}
     for space in stem_spaces(sharable.up_to(sharable.cuts[k - 1])):
         if space.name in matched:
@@ -162,19 +161,25 @@ def _candidate(sharable: Sharable, k: int, width: float, share: float, matched: 
         channels[space.name] = max(1, round(share * total))
         private[space.name] = total - channels[space.name]
     private = {own: count for own, count in private.items() if count}
-    return PlannedCandidate(name=name, units=k, channels=channels, private=private, adapters=adapters)
+    return PlannedCandidate(name=name, units=k, channels=channels, private=private)
 
 
-def _structure_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate) -> Size:
+def predicted_size(tasks: Sequence[Network], sharable: Sharable, forest: Forest, candidate: PlannedCandidate) -> Size:
+    """How large a candidate will be, in compute mode.
+
+    Raises:
+        ModelError: a stem cannot get the candidate's widths, or a group cannot be split behind another.
+    """
+    tree = forest.tree(candidate.units, candidate.branches, candidate.adapters)
     try:
-        return size_of([merged_structure(sharable, tasks, candidate.cut(sharable), candidate.widths)])
+        return size_of([Structure(tasks, sharable, candidate.widths).merged(tree)])
     except ModelError as error:
-        raise ModelError(f"{candidate.name}: its stem cannot have these widths: {error}") from error
+        raise ModelError(f"{candidate.name}: it cannot be made as planned: {error}") from error
 
 
 def _numbers(share: str, plan: Plan) -> list[int]:
     deepest = len(plan.units)
-    if share == "auto":
+    if share in ("auto", TREE):
         return list(range(deepest + 1))
     try:
         number = float(share)
@@ -183,13 +188,15 @@ def _numbers(share: str, plan: Plan) -> list[int]:
     whole = share.isdigit()
     k = int(share) if whole else round(number * deepest)
     if not number >= 0 or (not whole and number > 1):
-        raise UsageError(f"--share {share}: give auto, a number of units, a fraction from 0.0 to 1.0, or a plan.json")
+        raise UsageError(
+            f"--share {share}: give auto, tree, a number of units, a fraction from 0.0 to 1.0, or a plan.json"
+        )
     if k > deepest:
         raise UsageError(f"--share {share}: these networks can share at most {deepest} units: {plan.limit}")
     return [k]
 
 
-def _replayed(path: Path, plan: Plan, matched: frozenset[str]) -> list[PlannedCandidate]:
+def _replayed(path: Path, plan: Plan, forest: Forest, matched: frozenset[str]) -> list[PlannedCandidate]:
     try:
         edited = Plan.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -205,6 +212,7 @@ def _replayed(path: Path, plan: Plan, matched: frozenset[str]) -> list[PlannedCa
     names: set[str] = set()
     for candidate in edited.candidates:
         _check(candidate, plan, matched, names, path)
+        _check_branches(candidate, plan, forest, path)
         names.add(candidate.name)
     return edited.candidates
 
@@ -215,9 +223,6 @@ def _check(candidate: PlannedCandidate, plan: Plan, matched: frozenset[str], nam
         raise UsageError(f"{path}: {name!r} cannot name a candidate's file, or names two")
     if not 0 <= candidate.units <= deepest:
         raise UsageError(f"{path}: {name} shares {candidate.units} units, but there are {deepest}: {plan.limit}")
-    if candidate.units and not candidate.adapters and not plan.units[candidate.units - 1].direct:
-        unit = plan.units[candidate.units - 1].name
-        raise UsageError(f"{path}: {name} has no adapters, but behind {unit} others than layers read the stem")
     for counts, most in ((candidate.channels, len(plan.tasks)), (candidate.private, 1)):
         for space, channels in counts.items():
             if space not in plan.spaces:
@@ -229,3 +234,16 @@ def _check(candidate: PlannedCandidate, plan: Plan, matched: frozenset[str], nam
                 raise UsageError(
                     f"{path}: {name} has {channels} {what} channels of {space!r}, but from 1 to {size} fit"
                 )
+
+
+def _check_branches(candidate: PlannedCandidate, plan: Plan, forest: Forest, path: Path) -> None:
+    if candidate.branches and plan.mode != Mode.COMPUTE:
+        raise UsageError(f"{path}: {candidate.name} has branches, but with --mode {plan.mode} there are none")
+    if candidate.branches and candidate.private:
+        raise UsageError(
+            f"{path}: {candidate.name} has branches and private channels: behind these no tasks share anything"
+        )
+    try:
+        forest.tree(candidate.units, candidate.branches)
+    except UsageError as error:
+        raise UsageError(f"{path}: {candidate.name}: {error}") from error

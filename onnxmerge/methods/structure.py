@@ -1,7 +1,7 @@
 """What a candidate will look like: the merged graph with weights that are nobody's, before anything is fitted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as oir
@@ -9,12 +9,10 @@ from pydantic import BaseModel, ConfigDict
 
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers, parameter_count
-from onnxmerge.methods.alignment import Cut, Sharable, stem_spaces
-from onnxmerge.methods.tails import Stem, own_tail
+from onnxmerge.methods.alignment import Cut, Sharable, find_sharable, stem_spaces
+from onnxmerge.methods.tails import Stem, adapted_tail
 from onnxmerge.methods.task import Network
-from onnxmerge.passes.attach_tails import unshared
-from onnxmerge.passes.fold_adapter import FoldAdapter
-from onnxmerge.passes.insert_adapter import InsertAdapter
+from onnxmerge.methods.tree import Fork, Level
 from onnxmerge.passes.set_widths import SetWidths
 from onnxmerge.passes.split_off import SplitOff
 
@@ -60,22 +58,39 @@ def stem_of(sharable: Sharable, cut: Cut, channels: Mapping[str, int]) -> oir.Mo
     return SetWidths(channels, cut.axis)(sharable.up_to(cut)).model
 
 
-def merged_structure(sharable: Sharable, tasks: Sequence[Network], cut: Cut | None, widths: Widths) -> oir.Model:
-    """A stem up to `cut`, or none, private channels beside it, and every task's tail, behind an adapter if need be."""
-    if cut is None:
-        return unshared({task.name: task.model for task in tasks})
-    stem = stem_of(sharable, cut, widths.shared)
-    shared = {space.name: space.size for space in stem_spaces(sharable.up_to(cut))} | dict(widths.shared)
-    arriving, sides = stem, {}
-    if widths.private:
-        arriving = stem_of(sharable, cut, {name: own + widths.private.get(name, 0) for name, own in shared.items()})
-        sides = {task.name: SplitOff(shared, stem)(arriving).model for task in tasks}
-    size, tails = dims(arriving.graph.outputs[0])[cut.axis] or 0, {}
-    for task in tasks:
-        tail = own_tail(task, cut).clone()
-        own = dims(tail.graph.inputs[0])[cut.axis] or 0
-        InsertAdapter(cut.axis, np.zeros((own, size), np.float32), "adapted")(tail)
-        if not cut.adapted:
-            tail = FoldAdapter("adapted")(tail).model
-        tails[task.name] = tail
-    return Stem(stem, {}, sides).attach(tails)
+class Structure(Level):
+    """Stems with private channels beside them, and every task's tail behind an adapter; weights are nobody's.
+
+    Args:
+        networks: of the level.
+        sharable: what they have in common.
+        widths: of this level's stem; below it stems are as wide as their first network.
+    """
+
+    def __init__(self, networks: Sequence[Network], sharable: Sharable, widths: Widths | None = None):
+        super().__init__(networks, sharable)
+        self._widths = widths or Widths()
+
+    def split(self, cut: Cut) -> tuple[Stem, dict[str, oir.Model]]:
+        """See `Level`.
+
+        Raises:
+            ModelError: a space cannot get another width.
+        """
+        widths = self._widths
+        stem = stem_of(self.sharable, cut, widths.shared)
+        shared = {s.name: s.size for s in stem_spaces(self.sharable.up_to(cut))} | dict(widths.shared)
+        arriving, sides = stem, {}
+        if widths.private:
+            wider = {name: own + widths.private.get(name, 0) for name, own in shared.items()}
+            arriving = stem_of(self.sharable, cut, wider)
+            sides = {network.name: SplitOff(shared, stem)(arriving).model for network in self.networks}
+        size, tails = dims(arriving.graph.outputs[0])[cut.axis] or 0, {}
+        for network in self.networks:
+            tails[network.name] = adapted_tail(network, cut, np.zeros((cut.size, size), np.float32))
+        return Stem(stem, {}, sides), tails
+
+    def below(self, group: Fork, stem: Stem | None, cut: Cut | None, tails: Mapping[str, oir.Model]) -> Level:
+        """See `Level`."""
+        networks = [replace(own, model=tails[own.name]) for own in self.networks if own.name in group.tasks]
+        return Structure(networks, find_sharable(networks, group.cut))

@@ -1,6 +1,6 @@
 """What follows a stem: for each task an adapter and its own layers, refitted behind it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from onnxmerge.ir.units import find_units
 from onnxmerge.methods.alignment import Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.task import Network, Task
-from onnxmerge.passes.attach_tails import AttachTails
+from onnxmerge.passes.attach_tails import SHARED, AttachTails
 from onnxmerge.passes.fold_adapter import FoldAdapter
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.refit import Refit, Solve, Teacher
@@ -32,18 +32,21 @@ class Stem:
     sides: Mapping[str, oir.Model] = field(default_factory=dict)
     """By task what computes its private channels beside the stem (see `SplitOff`), where it has some."""
 
-    def attach(self, tails: Mapping[str, oir.Model]) -> oir.Model:
-        """The stem, the sides and behind them the tails as one model."""
+    def attach(
+        self, tails: Mapping[str, oir.Model], *, merged: Collection[str] = (), shared: str = SHARED
+    ) -> oir.Model:
+        """The stem, the sides and behind them the tails as one model; see `AttachTails`."""
         sides = self.sides
-        return self._compose(
-            {t: chain(sides[t], tail, "private/") if t in sides else tail for t, tail in tails.items()}
-        )
+        pieces = {t: chain(sides[t], tail, "private/") if t in sides else tail for t, tail in tails.items()}
+        return self._compose(pieces, merged, shared)
 
     def beside(self, tasks: Sequence[str]) -> oir.Model:
         """The stem and the sides of some tasks; outputs are what their tails read."""
         return self._compose({task: self.sides[task] for task in tasks}) if self.sides else self.model
 
-    def _compose(self, pieces: Mapping[str, oir.Model]) -> oir.Model:
+    def _compose(
+        self, pieces: Mapping[str, oir.Model], merged: Collection[str] = (), shared: str = SHARED
+    ) -> oir.Model:
         inputs = [value.name or "" for value in self.model.graph.inputs]
         (last,) = (value.name or "" for value in self.model.graph.outputs)
         reads = {
@@ -51,7 +54,8 @@ class Stem:
             for task, piece in pieces.items()
         }
         read = dict.fromkeys(name for own in reads.values() for name in own if name not in inputs)
-        return AttachTails(pieces, reads)(cut_out(self.model, inputs, list(read))).model
+        stem = cut_out(self.model, inputs, list(read))
+        return AttachTails(pieces, reads, merged=merged, shared=shared)(stem).model
 
 
 def fit_tails(
@@ -71,15 +75,19 @@ def own_tail(task: Network, cut: Cut) -> oir.Model:
     return cut_out(task.model, [cut.names[task.name]], task.outputs)
 
 
-def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fitting) -> oir.Model:
+def adapted_tail(task: Network, cut: Cut, matrix: np.ndarray) -> oir.Model:
+    """The task's own layers behind an adapter [own channels, arriving channels]; the input is called `ARRIVING`."""
     theirs = cut.names[task.name]
     tail = own_tail(task, cut).clone()
     rename_value(tail, theirs, ARRIVING)
+    InsertAdapter(cut.axis, matrix, theirs)(tail)
+    return tail if cut.adapted else FoldAdapter(theirs)(tail).model
+
+
+def _fit_tail(sharable: Sharable, task: Task, stem: Stem, cut: Cut, fitting: Fitting) -> oir.Model:
     matrix = stem.adapters[task.name]
     assert matrix is not None
-    InsertAdapter(cut.axis, matrix, theirs)(tail)
-    if not cut.adapted:
-        tail = FoldAdapter(theirs)(tail).model
+    tail = adapted_tail(task, cut, matrix)
     refit_tail(tail, task, cut, stem.beside([task.name]), sharable.reference, least_squares(1), fitting)
     return tail
 

@@ -24,18 +24,20 @@ from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
 from onnxmerge.methods.bounds import Bounds
 from onnxmerge.methods.candidates import Interrupted, Shelf
+from onnxmerge.methods.fitted_tree import FittedLevel
 from onnxmerge.methods.fitting import Fitting
+from onnxmerge.methods.grow_tree import Kept, grow_tree
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.pictures import held_out_pictures
-from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan
+from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan, predicted_size
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.stem import Stems
-from onnxmerge.methods.structure import Widths, merged_structure, size_of
-from onnxmerge.methods.tails import fit_tails
+from onnxmerge.methods.structure import Structure, size_of
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
+from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.weights_mode import share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
-from onnxmerge.methods.zip_choices import Mode, Start
+from onnxmerge.methods.zip_choices import TREE, Mode, Start
 from onnxmerge.methods.zip_settings import ZipSettings
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, worst_drop
@@ -122,6 +124,7 @@ def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[st
         "candidates": [candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates],
         "models": {task.name: sha256(task.path) for task in tasks},
         "data": {task.name: task.data.source for task in tasks},
+        "trees": settings.share == TREE,
         "settings": {name: value for name, value in asdict(settings).items() if name != "share"},
     }
 
@@ -148,6 +151,8 @@ class _Run:
         self.bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
         self.aligned: dict[str, Aligned] = {}
         self.stems = Stems(sharable, self.aligned, tasks, self.fitting)
+        self.levels: dict[Start, FittedLevel] = {}
+        self.forest = Forest(tasks, sharable)
         self.candidates: list[Candidate] = []
         self.bounds = Bounds(settings.max_drop, settings.max_bytes, settings.min_speedup, plan.originals.macs)
         self.notes = [f"At most {len(plan.units)} units can be shared: {plan.limit}."]
@@ -156,16 +161,43 @@ class _Run:
         """Make every candidate of the plan; whether an interrupt stopped it."""
         try:
             for planned in self.plan.candidates:
-                too_big = self.bounds.why_not(planned)
-                if too_big:
-                    self.notes.append(f"{planned.name} was not made: {too_big}.")
-                else:
-                    self.candidates.append(self.shelf.get(planned.name) or self._make(planned))
+                self._get(planned)
+            if self.settings.share == TREE:
+                self._grow()
         except KeyboardInterrupt:
             finished = ", ".join(c.name for c in self.candidates) or "none"
             self.notes.append(f"Interrupted: these candidates were finished and are kept: {finished}.")
             return True
         return False
+
+    def _get(self, planned: PlannedCandidate) -> Candidate | None:
+        """Make a candidate, or take it from the shelf; None where it would be too big or too slow."""
+        too_big = self.bounds.why_not(planned)
+        if too_big:
+            self.notes.append(f"{planned.name} was not made: {too_big}.")
+            return None
+        self.candidates.append(self.shelf.get(planned.name) or self._make(planned))
+        return self.candidates[-1]
+
+    def _grow(self) -> None:
+        """Let groups of tasks share further, as long as all keep the bound."""
+        bound, names = self.bounds.max_drop, [task.name for task in self.tasks]
+        if bound is None or len(names) < 3:
+            reason = "two tasks have no smaller groups" if len(names) < 3 else "there is no --max-drop to keep"
+            self.notes.append(f"No tree was made: {reason}.")
+            return
+        count = len(self.plan.candidates)
+
+        def attempt(units: int, branches: Sequence[Branch]) -> Kept:
+            number = len(self.plan.candidates) - count + 1
+            planned = PlannedCandidate(name=f"{TREE}{number:02d}", units=units, branches=list(branches))
+            planned.predicted = predicted_size(self.tasks, self.sharable, self.forest, planned)
+            self.plan.candidates.append(planned)
+            made = self._get(planned)
+            return frozenset() if made is None else made.within(bound)
+
+        if not grow_tree(names, self.forest, {c.share: c.within(bound) for c in self.candidates}, attempt):
+            self.notes.append("No group of tasks can share further than all tasks within --max-drop.")
 
     def _make(self, planned: PlannedCandidate) -> Candidate:
         name, k = planned.name, planned.units
@@ -175,10 +207,12 @@ class _Run:
         self.progress.stage(f"{name}: fit", None)
         start, merged = self._closed_form(planned)
         losses: list[tuple[int, float]] = []
-        if self.settings.steps and k > 0:
+        if self.settings.steps and planned.shares:
             losses = self._calibrate(name, merged, self.settings.steps)
         path = self.shelf.model_path(name)
         metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
+        if planned.branches:
+            metadata["onnxmerge.branches"] = json.dumps([branch.model_dump() for branch in planned.branches])
         save(merged, path, metadata | {"onnxmerge.share": str(k)})
         candidate = Candidate(
             name=name,
@@ -193,6 +227,7 @@ class _Run:
             start=None if start is None else start.value,
             shared_layers=sum(len(unit.layers) for unit in self.plan.units[:k]),
             total_layers=len(find_layers(self.sharable.reference.model)),
+            branches={branch.name: branch.units for branch in planned.branches},
             losses=losses,
         )
         if self.settings.measure:
@@ -217,20 +252,26 @@ class _Run:
 
     def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model]:
         """The best of the settings' starts by its worst task on some held-out samples."""
-        cut = planned.cut(self.sharable)
-        if cut is None:
-            return None, merged_structure(self.sharable, self.tasks, None, Widths())
+        tree = self.forest.tree(planned.units, planned.branches, planned.adapters)
+        if not planned.shares:
+            return None, Structure(self.tasks, self.sharable).merged(tree)
         if self.settings.mode is Mode.WEIGHTS:
             return None, self._shared_weights(planned)
         tried = []
         own = bool(planned.channels or planned.private)
         for start in (Start.SUBSPACE,) if own else self.settings.starts:
-            stem = self.stems.up_to(cut, start, planned.widths)
-            tails = fit_tails(self.sharable, self.tasks, stem, cut, self.fitting)
-            tried.append((start, stem.attach(tails)))
+            tried.append((start, self._level(start, planned).merged(tree)))
         if len(tried) == 1:
             return tried[0]
         return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0)
+
+    def _level(self, start: Start, planned: PlannedCandidate) -> FittedLevel:
+        """Of all tasks; the same for all candidates whose stem has the first network's widths."""
+        if planned.channels or planned.private:
+            return FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start, planned.widths)
+        if start not in self.levels:
+            self.levels[start] = FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start)
+        return self.levels[start]
 
     def _shared_weights(self, planned: PlannedCandidate) -> oir.Model:
         def after(merged: oir.Model, layer: str) -> None:

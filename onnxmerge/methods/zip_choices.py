@@ -2,6 +2,9 @@
 
 from enum import StrEnum
 
+TREE = "tree"
+"""What `--share` says when groups of tasks may share further."""
+
 
 class Start(StrEnum):
     """Where a stem's weights come from, before calibration."""

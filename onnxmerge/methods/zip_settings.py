@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from onnxmerge.errors import UsageError
-from onnxmerge.methods.zip_choices import Mode, Pairing, Rule, Start
+from onnxmerge.methods.zip_choices import TREE, Mode, Pairing, Rule, Start
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,8 @@ class ZipSettings:
     """What can be set; everything here goes into the recipe.
 
     Attributes:
-        share: "auto" (all k), a number k, a fraction of the units, or the path of an edited plan.
+        share: "auto" (all k), "tree" (these, then groups of tasks that share further within `max_drop`), a number k, a
+            fraction of the units, or the path of an edited plan.
         widths: how many channels a task reads of a stem, relative to the first network; each makes candidates.
         sharing: which share of these is computed once for all tasks, the rest for each; each makes candidates.
         max_drop, max_bytes, min_speedup: the bounds (see `Bounds`).
@@ -56,7 +57,7 @@ class ZipSettings:
         """Whether the settings fit each other and so many tasks.
 
         Raises:
-            UsageError: the weights are not one for each task, or a width is not above 0.
+            UsageError: the weights are not one for each task, a width is not above 0, or no tree can be made so.
         """
         weights = self.weights or (1.0,) * tasks
         if len(weights) != tasks or any(not 0 < weight < float("inf") for weight in weights):
@@ -67,3 +68,5 @@ class ZipSettings:
             raise UsageError("--sharing: give a number above 0 and at most 1")
         if self.mode is Mode.WEIGHTS and set(self.widths) != {1.0}:
             raise UsageError("--width: in weights mode every task keeps its own width")
+        if self.share == TREE and (self.mode is Mode.WEIGHTS or {*self.widths, *self.sharing} != {1.0}):
+            raise UsageError(f"--share {TREE}: trees are for --mode compute, without --width and --sharing")

@@ -77,6 +77,8 @@ def _stem(result: Result) -> list[Column]:
     shared = [f"{c.share}/{len(result.units)}" if result.units else str(c.share) for c in result.candidates]
     if result.units or any(c.share for c in result.candidates):
         found.append(Column("stem", "k", "k", list(shared)))
+    groups = [", ".join(f"{group} {units}" for group, units in c.branches.items()) or None for c in result.candidates]
+    found.append(Column("stem", "groups", "groups", groups, rank=5))
     layers: list[str | None] = [
         None if c.shared_layers is None else str(c.shared_layers) + (f"/{c.total_layers}" if c.total_layers else "")
         for c in result.candidates

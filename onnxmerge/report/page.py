@@ -106,6 +106,7 @@ def _saving_tiles(chosen: Candidate, result: Result) -> list[Tile]:
     tiles = []
     if result.units:
         layers = f"{chosen.shared_layers} of {chosen.total_layers} layers"
+        layers += "".join(f"; {group} {units} units" for group, units in chosen.branches.items())
         known = chosen.shared_layers is not None and chosen.total_layers is not None
         tiles.append(Tile("Shared units", f"{chosen.share} of {len(result.units)}", layers if known else ""))
     tiles.append(

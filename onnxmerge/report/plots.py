@@ -203,7 +203,7 @@ def _draw_quality(
     dots = [(place(c), quality.values[c.name], c) for c in result.candidates if c.name in quality.values]
     known = [(x, y, candidate) for x, y, candidate in dots if x is not None]
     if line:
-        best = _best_of_each_share(candidate for _, _, candidate in known)
+        best = _best_of_each_share(candidate for _, _, candidate in known if not candidate.branches)
         joined = sorted((x, y) for x, y, candidate in known if candidate in best)
         axis.plot([x for x, _ in joined], [y for _, y in joined], color=color)
     axis.plot([x for x, _, _ in known], [y for _, y, _ in known], "o", color=color)

@@ -90,8 +90,10 @@ class Candidate(_Record):
     start: str | None = None
     """Where the stem's weights came from, e.g. "least-squares", "average", or a task whose stem was kept as it is."""
     shared_layers: int | None = None
-    """Layers inside the stem, of `total_layers` per network."""
+    """Layers inside the stem of all tasks, of `total_layers` per network."""
     total_layers: int | None = None
+    branches: dict[str, int] = Field(default_factory=dict)
+    """By group of tasks, joined by `+`, how many units it shares, where that is more than all tasks do."""
     losses: list[tuple[int, float]] = Field(default_factory=list)
     """Held-out calibration loss: (step, loss), step 0 being the closed form."""
 
@@ -99,6 +101,10 @@ class Candidate(_Record):
     def worst_drop(self) -> float | None:
         """The largest `TaskScore.drop` of all tasks; None when no task was scored."""
         return worst_drop(self.tasks)
+
+    def within(self, drop: float) -> frozenset[str]:
+        """The tasks that lose at most `drop`."""
+        return frozenset(task for task, score in self.tasks.items() if (score.drop or 0.0) <= drop)
 
 
 def worst_drop(tasks: Mapping[str, TaskScore]) -> float | None:

@@ -115,13 +115,14 @@ def _nothing_chosen(result: Result) -> str:
 
 def _sharing(chosen: Candidate, result: Result) -> str:
     name = one_line(chosen.name)
-    if not result.units:
+    if not result.units and not chosen.branches:
         return f"{name} was chosen"
+    branches = [f"{units} units between {one_line(group)}" for group, units in chosen.branches.items()]
     if chosen.share == 0:
-        return f"{name} was chosen, which shares nothing"
+        return f"{name} was chosen, which shares {', '.join(branches) or 'nothing'}"
     total, tasks = len(result.units), len(result.inputs)
     stem = f"all {total} stem units" if chosen.share == total else f"{chosen.share} of {total} stem units"
-    return f"{name} was chosen, which shares {stem} between {tasks} tasks"
+    return f"{name} was chosen, which shares {', '.join([f'{stem} between {tasks} tasks', *branches])}"
 
 
 def _size(chosen: Candidate, separate: int | None) -> str | None:
