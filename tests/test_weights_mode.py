@@ -195,6 +195,23 @@ def test_the_neurons_that_are_alike_are_shared(rule, pairing, tmp_path):
     assert max(error(merged, task) for task in tasks) > 1e-2
 
 
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("build", [dense, residual])
+def test_a_task_that_counts_alone_keeps_its_weights(build, rule, tmp_path):
+    """MTZ's alpha near 1: what is shared is the first network's, and near 0 the second's."""
+    tasks = tasks_of([build(seed=seed).model() for seed in range(2)], tmp_path)
+    found = [
+        [error(merge(tasks, rule=rule, weights=weights)[0], task) for task in tasks]
+        for weights in ((1.0, 1e-7), (1.0, 1.0), (1e-7, 1.0))
+    ]
+    assert max(found[0][0], found[2][1]) < 1e-2
+    assert found[0][0] < found[1][0] < found[2][0] and found[2][1] < found[1][1] < found[0][1]
+    merged, sharable, share = merge(tasks, rule=rule, weights=(1.0, 1e-7))
+    for name in find_extent(sharable, share).parts:
+        ours = get_array(tasks[0].model.graph.initializers[name])
+        assert relative_error(ours, get_array(merged.graph.initializers[f"shared/{name}"])) < 1e-2
+
+
 def test_least_squares_repairs_what_the_published_rule_leaves(tmp_path):
     tasks = tasks_of([residual(seed=seed).model() for seed in range(2)], tmp_path)
     published = {"rule": Rule.MTZ, "pairing": Pairing.GREEDY}

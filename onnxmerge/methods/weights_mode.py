@@ -145,7 +145,7 @@ class _Merging:
     def _alone(self, _: Layer, statistics: Sequence[Regression], current: np.ndarray) -> np.ndarray:
         """A layer that no other task shares."""
         nothing = np.zeros(current.shape[1], bool)
-        return share_least_squares(statistics, [current], nothing, self.sharing.ridge)[0]
+        return share_least_squares(statistics, [current], nothing, [1.0], self.sharing.ridge)[0]
 
 
 def _stream(

@@ -17,6 +17,7 @@ class WeightSharing:
         seed: of the choice of samples and positions.
         threads: for onnxruntime.
         ridge: of least squares.
+        weights: how much each task counts in what is shared (MTZ's alpha, eq. 5); None: all alike.
         biases: share biases too, those of shared neurons.
         depthwise: share depthwise convolutions too, where all their channels are shared.
     """
@@ -27,5 +28,6 @@ class WeightSharing:
     seed: int = 0
     threads: int | None = None
     ridge: float = RIDGE
+    weights: tuple[float, ...] | None = None
     biases: bool = False
     depthwise: bool = False

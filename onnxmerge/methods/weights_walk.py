@@ -104,6 +104,7 @@ class Walk:
         self._at, self._cut = self._inputs, self._cuts[0]
         self._numbers = {layer.name: number for number, layer in enumerate(find_layers(extent.stem))}
         self._decided: set[str] = set()
+        self._weights = sharing.weights or (1.0,) * len(streams)
 
     def layers(self) -> Iterator[str]:
         """Share one layer after the other; yields the name of each that is done."""
@@ -156,26 +157,30 @@ class Walk:
         self, statistics: Sequence[Regression], current: Sequence[np.ndarray], rows: np.ndarray, makes: np.ndarray
     ) -> list[np.ndarray]:
         """The weights of each task: the outputs in `makes` share the rows in `rows`, the others are fitted alone."""
-        alone = np.zeros_like(rows)
         if makes.all():
             return self._fit(statistics, current, rows)
         if not makes.any():
-            return [self._fit([one], [own], alone)[0] for one, own in zip(statistics, current, strict=True)]
+            return [self._fit_alone(one, own) for one, own in zip(statistics, current, strict=True)]
         found = [own.copy() for own in current]
         some = [_outputs(one, makes) for one in statistics]
         for own, solution in zip(found, self._fit(some, [own[..., makes] for own in current], rows), strict=True):
             own[..., makes] = solution
         if self._sharing.rule == Rule.LEAST_SQUARES:
             for own, one, before in zip(found, statistics, current, strict=True):
-                own[..., ~makes] = self._fit([_outputs(one, ~makes)], [before[..., ~makes]], alone)[0]
+                own[..., ~makes] = self._fit_alone(_outputs(one, ~makes), before[..., ~makes])
         return found
 
     def _fit(
         self, statistics: Sequence[Regression], current: Sequence[np.ndarray], rows: np.ndarray
     ) -> list[np.ndarray]:
         if self._sharing.rule == Rule.MTZ:
-            return share_by_hessian(statistics, current, rows)
-        return share_least_squares(statistics, current, rows, self._sharing.ridge)
+            return share_by_hessian(statistics, current, rows, self._weights)
+        return share_least_squares(statistics, current, rows, self._weights, self._sharing.ridge)
+
+    def _fit_alone(self, statistics: Regression, current: np.ndarray) -> np.ndarray:
+        """The weights of outputs that are a task's own, by least squares: the published rule leaves them."""
+        nothing = np.zeros(current.shape[1], bool)
+        return share_least_squares([statistics], [current], nothing, [1.0], self._sharing.ridge)[0]
 
     # --- pairing ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +205,7 @@ class Walk:
             return list(statistics)
         current = [weights_and_bias(_find(stream.student, layer.name)) for stream in self._all]
         rows = shared_rows(layer, self._extent.parts[layer.name], bias=False)
-        costs = [_by_channel(cost, slots.index) for cost in differences(statistics, current, rows)]
+        costs = [_by_channel(cost, slots.index) for cost in differences(statistics, current, rows, self._weights)]
         channels = np.arange(space.size)
         orders = [channels] + [_PAIRS[self._sharing.pairing](cost, count) for cost in costs]
         total = sum(cost[order, channels] for cost, order in zip(costs, orders[1:], strict=True))

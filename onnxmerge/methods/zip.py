@@ -35,7 +35,7 @@ from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
 from onnxmerge.methods.weights_mode import share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
-from onnxmerge.methods.zip_choices import Mode, Start
+from onnxmerge.methods.zip_choices import Mode, Pairing, Start
 from onnxmerge.methods.zip_settings import ZipSettings
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, worst_drop
@@ -170,7 +170,7 @@ class _Run:
     def _make(self, planned: PlannedCandidate) -> Candidate:
         name, k = planned.name, planned.units
         begun = time.perf_counter()
-        if k > 0 and self.settings.mode is Mode.COMPUTE:
+        if k > 0 and (self.settings.mode is Mode.COMPUTE or self.settings.pairing is Pairing.CORRELATION):
             self._align()
         self.progress.stage(f"{name}: fit", None)
         start, merged = self._closed_form(planned)
@@ -247,6 +247,7 @@ class _Run:
                 samples=self.settings.samples,
                 seed=self.settings.seed,
                 threads=self.settings.threads,
+                weights=self.settings.weights,
             ),
             after=after if self.settings.retrain else None,
             progress=self.progress,
