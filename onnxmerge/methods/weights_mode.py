@@ -4,8 +4,10 @@ Layer after layer the neurons of all networks are paired, the shared part of the
 the networks as merged so far, each task's on its own data, and the merged graph holds that part once (`StackTasks`).
 This saves memory, not time. Biases and depthwise convolutions stay the tasks' own, as do norms.
 
+A merge goes on from an earlier one that shares fewer units (`weights_begun`), as it was calibrated.
+
 Sources: Multi-Task Zipping (He, Zhou and Thiele 2018, algorithm 1), with all networks at once instead of one after the
-other; Zippering MobileNets (Chou et al. 2019) for depthwise convolutions.
+other; Zippering MobileNets (Chou et al. 2019) for depthwise convolutions and for going on from what was calibrated.
 """
 
 import tempfile
@@ -18,11 +20,12 @@ import onnx_ir as oir
 from onnxmerge.ir.compose import rename_value
 from onnxmerge.ir.layers import Layer
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
-from onnxmerge.methods.alignment import Aligned, Sharable
+from onnxmerge.methods.alignment import Aligned, Cut, Sharable
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.tails import ARRIVING, own_tail, refit_tail
 from onnxmerge.methods.task import Task
+from onnxmerge.methods.weights_begun import ORDER, Begun, SoFar, orders_of, read_tasks
 from onnxmerge.methods.weights_plan import Extent, Share, find_extent, is_whole
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.weights_walk import Stream, Walk
@@ -44,6 +47,7 @@ def share_weights(
     share: Share,
     sharing: WeightSharing | None = None,
     *,
+    begun: Begun | None = None,
     after: After | None = None,
     progress: Progress | None = None,
 ) -> oir.Model:
@@ -56,6 +60,7 @@ def share_weights(
         tasks: the originals with their samples, the first of `sharable` first.
         share: the number k of units that are shared wholly, or how many neurons of each space are.
         sharing: see `WeightSharing`.
+        begun: go on from this merged model; `share` is a number of units then.
         after: called after each shared layer, for a light retraining. What it trains goes on into the layers behind,
             and tails are then left to it; without it least squares refits them.
         progress: told of each layer.
@@ -72,7 +77,7 @@ def share_weights(
     if extent.cut is None:
         return unshared({task.name: task.model for task in tasks})
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
-        merging = _Merging(sharable, aligned, tasks, extent, sharing, Path(folder))
+        merging = _Merging(sharable, aligned, tasks, extent, sharing, begun, Path(folder))
         return merging.run(after, progress or Silent())
 
 
@@ -86,16 +91,24 @@ class _Merging:
         tasks: Sequence[Task],
         extent: Extent,
         sharing: WeightSharing,
+        begun: Begun | None,
         folder: Path,
     ):
         assert extent.cut is not None
         self.tasks, self.extent, self.cut, self.sharing, self.folder = tasks, extent, extent.cut, sharing, folder
-        self.streams = {task.name: _stream(sharable, aligned, task, extent, sharing) for task in tasks}
-        self.tails = {task.name: own_tail(task, extent.cut).clone() for task in tasks}
+        earlier = None if begun is None else find_extent(sharable, begun.units, depthwise=sharing.depthwise)
+        self.start = None if earlier is None else earlier.cut
+        found = read_tasks(begun, tasks, earlier) if begun and earlier and earlier.cut else {}
+        self.streams = {
+            task.name: _stream(sharable, aligned, task, extent, sharing, self.start, found.get(task.name))
+            for task in tasks
+        }
+        now = [found[task.name].task if found else task for task in tasks]
+        self.tails = {task.name: own_tail(task, extent.cut).clone() for task in now}
 
     def run(self, after: After | None, progress: Progress) -> oir.Model:
         """Walk the stem; `after` may train in between."""
-        walk = Walk(self.streams, self.extent, self.sharing, self.folder)
+        walk = Walk(self.streams, self.extent, self.sharing, self.folder, self.start)
         for layer in walk.layers():
             progress.advance(layer)
             if after is not None and layer in self.extent.parts:
@@ -149,28 +162,47 @@ class _Merging:
 
 
 def _stream(
-    sharable: Sharable, aligned: Mapping[str, Aligned], task: Task, extent: Extent, sharing: WeightSharing
+    sharable: Sharable,
+    aligned: Mapping[str, Aligned],
+    task: Task,
+    extent: Extent,
+    sharing: WeightSharing,
+    start: Cut | None,
+    so_far: SoFar | None,
 ) -> Stream:
-    """The task's network up to the cut, with the reference's graph and names and in its channel order."""
+    """The task's network up to the cut, with the reference's graph and names and in the merged channel order."""
     assert extent.stem is not None
-    stem = extent.stem.clone()
-    alignment = {space.name: np.arange(space.size) for space in extent.spaces}
-    if task is not sharable.reference:
-        alignment |= aligned[task.name].alignment if task.name in aligned else {}
-        partner = Partner(task.model, sharable.partners[task.name].constants, alignment)
-        for name, value in stem.graph.initializers.items():
-            set_array(value, aligned_array(name, partner, extent.spaces))
+    orders = {space.name: np.arange(space.size) for space in extent.spaces}
+    orders |= aligned[task.name].alignment if task.name in aligned else {}
+    if start is not None and so_far is not None:
+        orders |= orders_of(extent.spaces, start, so_far.order)
+    teacher = _in_order(sharable, extent, task, orders)
+    student = teacher.clone() if so_far is None else _in_order(sharable, extent, so_far.task, orders)
+    if so_far is not None:
+        for name, value in so_far.stem.graph.initializers.items():
+            set_array(student.graph.initializers[name], get_array(value))
     split = task.data.calibration.take(sharing.samples, sharing.seed)
     feeds = task.feeds(split, sharable.reference)
-    orders = {space.name: alignment[space.name] for space in extent.spaces}
-    return Stream(stem, stem.clone(), feeds, task.feeds(split, task), len(split), orders)
+    return Stream(student, teacher, feeds, task.feeds(split, task), len(split), orders)
+
+
+def _in_order(sharable: Sharable, extent: Extent, task: Task, orders: Mapping[str, np.ndarray]) -> oir.Model:
+    """The stem with a task's arrays, its channels in these orders."""
+    assert extent.stem is not None
+    stem = extent.stem.clone()
+    reference = task.name == sharable.reference.name
+    same = {name: name for name in stem.graph.initializers}
+    partner = Partner(task.model, same if reference else sharable.partners[task.name].constants, orders)
+    for name, value in stem.graph.initializers.items():
+        set_array(value, aligned_array(name, partner, extent.spaces))
+    return stem
 
 
 def _insert_gather(tail: oir.Model, order: np.ndarray, axis: int, name: str) -> None:
     """Let the tail read the channels of its input in this order, as the value `name`."""
     (source,) = tail.graph.inputs
     readers = list(source.uses())
-    index = add_initializer(tail.graph, f"{name}__order", order.astype(np.int64))
+    index = add_initializer(tail.graph, f"{name}{ORDER}", order.astype(np.int64))
     gather = oir.node("Gather", [source, index], {"axis": axis}, name=f"{name}__gather")
     ordered = gather.outputs[0]
     ordered.name, ordered.shape, ordered.type = name, source.shape, source.type

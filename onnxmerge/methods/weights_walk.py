@@ -18,6 +18,7 @@ from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.spaces import Slots, Space
 from onnxmerge.ir.units import find_units
+from onnxmerge.methods.alignment import Cut
 from onnxmerge.methods.weights_plan import Extent, shared_rows
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Pairing, Rule
@@ -92,9 +93,17 @@ class Walk:
         extent: what is shared.
         sharing: how.
         folder: for temporary files.
+        start: where the walk begins, if not at the inputs: all layers up to this cut are done.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], extent: Extent, sharing: WeightSharing, folder: Path):
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        extent: Extent,
+        sharing: WeightSharing,
+        folder: Path,
+        start: Cut | None = None,
+    ):
         assert extent.cut is not None and extent.stem is not None
         self.done: list[str] = []
         self._streams, self._all = streams, list(streams.values())
@@ -105,6 +114,8 @@ class Walk:
         self._numbers = {layer.name: number for number, layer in enumerate(find_layers(extent.stem))}
         self._decided: set[str] = set()
         self._weights = sharing.weights or (1.0,) * len(streams)
+        if start is not None:
+            self._begin_at(start.unit.cut)
 
     def layers(self) -> Iterator[str]:
         """Share one layer after the other; yields the name of each that is done."""
@@ -116,6 +127,17 @@ class Walk:
                 yield layer.name
             if cut != self._cuts[-1]:
                 self._advance(step)
+
+    def _begin_at(self, cut: str) -> None:
+        """Run students and teachers up to a cut: afresh, so that it makes no difference where an earlier walk ended."""
+        for layer in find_layers(cut_out(self._all[0].student, self._inputs, [cut])):
+            self._decided |= {space.name for space, _ in self._spaces_made(layer)}
+            self.done.append(layer.name)
+        for task, stream in self._streams.items():
+            for role, model in (("student", stream.student), ("teacher", stream.teacher)):
+                folder = self._folder / f"begun-{role}-{task}"
+                stream.arriving[role] = store(model, stream.feeds, [cut], folder, threads=self._sharing.threads)
+        self._at, self._cuts = [cut], self._cuts[self._cuts.index(cut) + 1 :]
 
     def catch_up(self) -> None:
         """Run the students anew, whose weights have been changed from outside."""

@@ -33,6 +33,7 @@ from onnxmerge.methods.stem import Stems
 from onnxmerge.methods.structure import Widths, merged_structure, size_of
 from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
+from onnxmerge.methods.weights_begun import LOST_NAMES, Begun, lost_names, reopen
 from onnxmerge.methods.weights_mode import share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Mode, Pairing, Start
@@ -179,6 +180,8 @@ class _Run:
             losses = self._calibrate(name, merged, self.settings.steps)
         path = self.shelf.model_path(name)
         metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
+        if self.settings.mode is Mode.WEIGHTS:
+            metadata[LOST_NAMES] = json.dumps(lost_names(merged))
         save(merged, path, metadata | {"onnxmerge.share": str(k)})
         candidate = Candidate(
             name=name,
@@ -249,9 +252,19 @@ class _Run:
                 threads=self.settings.threads,
                 weights=self.settings.weights,
             ),
+            begun=self._begun(planned),
             after=after if self.settings.retrain else None,
             progress=self.progress,
         )
+
+    def _begun(self, planned: PlannedCandidate) -> Begun | None:
+        """The finished candidate that this one goes on from: of those that share fewer units, all wholly, the last."""
+        units = {own.name: own.units for own in self.plan.candidates if not own.channels and own.units < planned.units}
+        finished = [own for own in self.candidates if units.get(own.name)]
+        if planned.channels or not finished:
+            return None
+        last = max(finished, key=lambda own: own.share)
+        return reopen(self.shelf.model_path(last.name), last.share)
 
     def _calibrate(self, name: str, merged: oir.Model, steps: int) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""
