@@ -188,6 +188,20 @@ def differences(
     ]
 
 
+def energies(
+    statistics: Sequence[Regression], current: Sequence[np.ndarray], weights: Sequence[float]
+) -> list[np.ndarray]:
+    """For each task a_t / 2 times the variance of what a layer of one group makes, [outputs]; arguments as above.
+
+    It is what removing a neuron would cost, so two neurons' functional difference is at most the sum of theirs.
+    """
+    found = []
+    for task, own, weight in zip(statistics, current, weights, strict=True):
+        rows = np.arange(own.shape[1] - 1)
+        found.append(weight / 2 * np.einsum("fo,fo->o", own[0][rows], _covariance(task, rows) @ own[0][rows]))
+    return found
+
+
 def _covariance(task: Regression, rows: np.ndarray) -> np.ndarray:
     gram = task.gram[0] / task.rows
     mean = gram[-1][rows]

@@ -1,9 +1,11 @@
 """One walk for all candidates of weights mode: each goes on from the last, in memory or from disk."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as oir
 import pytest
 from graphs import chain, dense, execute, relative_error, residual
@@ -28,9 +30,9 @@ def step_by_step(tasks: list[Task], folder: Path, **given: object) -> list[oir.M
     begun: Begun | None = None
     for k in range(1, len(sharable.cuts) + 1):
         sharing = WeightSharing(samples=300, threads=1, **given)  # type: ignore[arg-type]
-        made.append(share_weights(sharable, {}, tasks, k, sharing, begun=begun))
+        made.append(share_weights(sharable, {}, tasks, k, sharing, begun=begun).model)
         save(made[-1], folder / f"{k}.onnx", {LOST_NAMES: json.dumps(lost_names(made[-1]))})
-        begun = reopen(folder / f"{k}.onnx", k)
+        begun = reopen(folder / f"{k}.onnx", k, {})
     return made
 
 
@@ -41,7 +43,7 @@ def test_step_by_step_or_at_once_is_the_same(build, tmp_path):
     sharable = find_sharable(tasks)
     for k, found in enumerate(step_by_step(tasks, tmp_path, rule=Rule.MTZ), start=1):
         sharing = WeightSharing(rule=Rule.MTZ, samples=300, threads=1)
-        wanted = share_weights(sharable, {}, tasks, k, sharing)
+        wanted = share_weights(sharable, {}, tasks, k, sharing).model
         for task in tasks:
             ours, theirs = (execute(model, {"x": samples_of(task)}) for model in (found, wanted))
             assert max(relative_error(theirs[name], ours[name]) for name in theirs) < 1e-3
@@ -134,3 +136,36 @@ def test_what_was_calibrated_is_where_the_next_candidate_begins(tmp_path):
     last = oir.load(tmp_path / "out" / "k03.onnx").graph.initializers
     name = next(name for name in last if name.startswith("shared/"))
     assert np.abs(get_array(last[name]) - trained).max() < np.abs(get_array(last[name]) - plain).max()
+
+
+# --- a threshold on the functional difference -------------------------------------------------------------------------
+
+
+def test_the_plan_holds_the_counts_that_came_out_and_replays_them(tmp_path):
+    given = {"steps": 0, "share": "3", "max_difference": 0.3}
+    (wanted,) = run(tmp_path / "out", residual, **given).values()
+    record = json.loads((tmp_path / "out" / "report.json").read_text())["candidates"][0]
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())["candidates"][0]
+    sizes = json.loads((tmp_path / "out" / "plan.json").read_text())["spaces"]
+    assert plan["channels"] == record["channels"]
+    assert any(0 < count < sizes[space] for space, count in plan["channels"].items())
+    assert plan["predicted"]["parameters"] == record["parameters"]
+    replay = {"steps": 0, "share": str(tmp_path / "out" / "plan.json")}
+    (found,) = run(tmp_path / "again", residual, **replay).values()
+    feeds = {"x": np.random.default_rng(0).standard_normal((16, 3, 10, 10)).astype(np.float32)}
+    ours, theirs = (execute(onnx.load_from_string(model), feeds) for model in (wanted, found))
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
+
+
+def test_with_a_threshold_too_each_candidate_goes_on_from_the_last(tmp_path):
+    given = {"max_difference": 0.4, "retrain": 2, "steps": 2}
+    whole = run(tmp_path / "whole", residual, **given)
+    records = json.loads((tmp_path / "whole" / "report.json").read_text())["candidates"]
+    for earlier, later in pairwise(records[1:]):
+        assert earlier["channels"].items() <= later["channels"].items()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", residual, progress=Stopping("k03: calibrate", KeyboardInterrupt()), **given)
+    assert run(tmp_path / "part", residual, resume=True, **given) == whole
+    resumed = json.loads((tmp_path / "part" / "plan.json").read_text())["candidates"]
+    assert resumed == json.loads((tmp_path / "whole" / "plan.json").read_text())["candidates"]

@@ -13,6 +13,7 @@ from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of
 from onnxmerge.methods.task import Network
 from onnxmerge.methods.weights_plan import predicted_bytes
 from onnxmerge.methods.zip_choices import Mode
+from onnxmerge.report.schema import Result
 
 
 class _Part(BaseModel):
@@ -119,14 +120,28 @@ def make_plan(
     for candidate in plan.candidates:
         if mode is Mode.WEIGHTS:
             candidate.private = {}  # what is not shared is a task's own
-            size = predicted_bytes(tasks, sharable, candidate.channels or candidate.units)
-            saved = plan.originals.bytes - size
-            candidate.predicted = plan.originals.model_copy(
-                update={"bytes": size, "parameters": plan.originals.parameters - saved // 4}
-            )
+            candidate.predicted = _weights_size(tasks, sharable, candidate, plan.originals)
         else:
             candidate.predicted = _structure_size(tasks, sharable, candidate)
     return plan
+
+
+def as_made(plan: Plan, result: Result, tasks: Sequence[Network], sharable: Sharable) -> Plan:
+    """The plan with the numbers of shared neurons that were decided while its candidates were made; it replays them."""
+    made = {candidate.name: candidate.channels for candidate in result.candidates}
+    candidates = []
+    for planned in plan.candidates:
+        if made.get(planned.name):
+            planned = planned.model_copy(update={"channels": made[planned.name]})
+            planned.predicted = _weights_size(tasks, sharable, planned, plan.originals)
+        candidates.append(planned)
+    return plan.model_copy(update={"candidates": candidates})
+
+
+def _weights_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate, originals: Size) -> Size:
+    size = predicted_bytes(tasks, sharable, candidate.channels or candidate.units)
+    saved = originals.bytes - size
+    return originals.model_copy(update={"bytes": size, "parameters": originals.parameters - saved // 4})
 
 
 def _candidate(sharable: Sharable, k: int, width: float, share: float) -> PlannedCandidate:
@@ -196,5 +211,8 @@ def _check(candidate: PlannedCandidate, plan: Plan, names: set[str], path: Path)
         if space not in plan.spaces:
             raise UsageError(f"{path}: {name} names the channel space {space!r}, which these networks have not")
         most = plan.spaces[space] * len(plan.tasks)
-        if not 1 <= channels <= most:
-            raise UsageError(f"{path}: {name} shares {channels} channels of {space!r}, which has from 1 to {most}")
+        least = 0 if plan.mode == Mode.WEIGHTS.value else 1
+        if not least <= channels <= most:
+            raise UsageError(
+                f"{path}: {name} shares {channels} channels of {space!r}, which has from {least} to {most}"
+            )

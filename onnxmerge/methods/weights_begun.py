@@ -20,7 +20,7 @@ from onnxmerge.ir.weights import add_initializer, get_array, set_array
 from onnxmerge.methods.alignment import Cut
 from onnxmerge.methods.tails import own_tail
 from onnxmerge.methods.task import Task
-from onnxmerge.methods.weights_plan import Extent, is_whole
+from onnxmerge.methods.weights_plan import Counts, Extent, is_whole
 from onnxmerge.passes.stack_tasks import read_streams
 
 LOST_NAMES = "onnxmerge.lost_names"
@@ -31,9 +31,16 @@ ORDER = "__order"
 
 @dataclass(frozen=True)
 class Begun:
-    """A merged model whose first `units` units are shared wholly."""
+    """A merged model whose first `units` units are shared.
+
+    Attributes:
+        units: k.
+        counts: how many neurons of their spaces are shared; of those not mentioned all are.
+        model: the model.
+    """
 
     units: int
+    counts: Counts
     model: oir.Model
 
 
@@ -64,7 +71,7 @@ def lost_names(model: oir.Model) -> dict[str, str]:
     }
 
 
-def reopen(path: str | os.PathLike[str], units: int) -> Begun:
+def reopen(path: str | os.PathLike[str], units: int, counts: Counts) -> Begun:
     """A candidate on disk, its initializers under all their names.
 
     Raises:
@@ -73,7 +80,7 @@ def reopen(path: str | os.PathLike[str], units: int) -> Begun:
     model = read(path)
     for name, kept in json.loads(model.metadata_props.get(LOST_NAMES, "{}")).items():
         add_initializer(model.graph, name, get_array(model.graph.initializers[kept]))
-    return Begun(units, model)
+    return Begun(units, counts, model)
 
 
 def read_tasks(begun: Begun, tasks: Sequence[Task], extent: Extent) -> dict[str, SoFar]:

@@ -12,6 +12,7 @@ other; Zippering MobileNets (Chou et al. 2019) for depthwise convolutions and fo
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +27,28 @@ from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.tails import ARRIVING, own_tail, refit_tail
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.weights_begun import ORDER, Begun, SoFar, orders_of, read_tasks
-from onnxmerge.methods.weights_plan import Extent, Share, find_extent, is_whole
+from onnxmerge.methods.weights_plan import Counts, Extent, Share, find_extent, is_whole, with_counts
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.weights_walk import Stream, Walk
 from onnxmerge.methods.zip_choices import Rule
+from onnxmerge.passes.align import Alignment
 from onnxmerge.passes.attach_tails import unshared
 from onnxmerge.passes.average import Partner, aligned_array
 from onnxmerge.passes.shared_weights import share_least_squares
 from onnxmerge.passes.stack_tasks import StackTasks, read_streams
+from onnxmerge.passes.weight_parts import Part
 from onnxmerge.runtime.statistics import Regression
 
 After = Callable[[oir.Model, str], None]
 """(merged model, the layer that was shared last): may train the model in place."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What came out: the model, and how many neurons of each space it shares."""
+
+    model: oir.Model
+    counts: Counts
 
 
 def share_weights(
@@ -50,7 +61,7 @@ def share_weights(
     begun: Begun | None = None,
     after: After | None = None,
     progress: Progress | None = None,
-) -> oir.Model:
+) -> Merged:
     """Merge networks into one that holds what they share once.
 
     Args:
@@ -66,7 +77,7 @@ def share_weights(
         progress: told of each layer.
 
     Returns:
-        The merged model with the first task's inputs and the outputs `TASK/output`.
+        The merged model with the first task's inputs and the outputs `TASK/output`, and what it shares.
 
     Raises:
         UsageError: the plan does not fit the networks.
@@ -75,7 +86,7 @@ def share_weights(
     sharing = sharing or WeightSharing()
     extent = find_extent(sharable, share, depthwise=sharing.depthwise)
     if extent.cut is None:
-        return unshared({task.name: task.model for task in tasks})
+        return Merged(unshared({task.name: task.model for task in tasks}), extent.counts)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
         merging = _Merging(sharable, aligned, tasks, extent, sharing, begun, Path(folder))
         return merging.run(after, progress or Silent())
@@ -95,53 +106,60 @@ class _Merging:
         folder: Path,
     ):
         assert extent.cut is not None
-        self.tasks, self.extent, self.cut, self.sharing, self.folder = tasks, extent, extent.cut, sharing, folder
+        self.tasks, self.cut, self.sharing, self.folder = tasks, extent.cut, sharing, folder
+        start, found = None, {}
         earlier = None if begun is None else find_extent(sharable, begun.units, depthwise=sharing.depthwise)
-        self.start = None if earlier is None else earlier.cut
-        found = read_tasks(begun, tasks, earlier) if begun and earlier and earlier.cut else {}
+        if begun is not None and earlier is not None and earlier.cut is not None:
+            start = earlier.cut
+            earlier = with_counts(earlier, begun.counts, depthwise=sharing.depthwise)
+            extent = with_counts(extent, begun.counts, depthwise=sharing.depthwise)
+            found = read_tasks(begun, tasks, earlier)
         self.streams = {
-            task.name: _stream(sharable, aligned, task, extent, sharing, self.start, found.get(task.name))
-            for task in tasks
+            task.name: _stream(sharable, aligned, task, extent, sharing, start, found.get(task.name)) for task in tasks
         }
+        self.walk = Walk(self.streams, extent, sharing, folder, start)
         now = [found[task.name].task if found else task for task in tasks]
-        self.tails = {task.name: own_tail(task, extent.cut).clone() for task in now}
+        self.tails = {task.name: own_tail(task, self.cut).clone() for task in now}
 
-    def run(self, after: After | None, progress: Progress) -> oir.Model:
+    def run(self, after: After | None, progress: Progress) -> Merged:
         """Walk the stem; `after` may train in between."""
-        walk = Walk(self.streams, self.extent, self.sharing, self.folder, self.start)
-        for layer in walk.layers():
+        for layer in self.walk.layers():
             progress.advance(layer)
-            if after is not None and layer in self.extent.parts:
-                self._retrain(after, layer, walk)
+            if after is not None and layer in self.walk.extent.parts:
+                self._retrain(after, layer)
         if after is None and self.sharing.rule == Rule.LEAST_SQUARES:
             for task in self.tasks:
                 self._refit_tail(task, progress)
-        return self._merged(self.extent.parts)
+        return Merged(self._merged(), self.walk.extent.counts)
 
-    def _merged(self, done: Mapping[str, object]) -> oir.Model:
-        """The model in which the layers `done` are shared."""
-        parts = {name: part for name, part in self.extent.parts.items() if name in done and not is_whole(part)}
+    def _partly(self) -> dict[str, Part]:
+        """The weights of which only a part is shared so far."""
+        shared = self.walk.extent.parts
+        return {name: shared[name] for name in self.walk.done if name in shared and not is_whole(shared[name])}
+
+    def _merged(self) -> oir.Model:
+        """The model in which the layers visited so far are shared."""
         (first, stream), *others = self.streams.items()
         tails = {task.name: self._ordered_tail(task) for task in self.tasks}
-        stacked = StackTasks(first, {name: other.student for name, other in others}, tails, parts)
+        stacked = StackTasks(first, {name: other.student for name, other in others}, tails, self._partly())
         return stacked(stream.student).model
 
-    def _retrain(self, after: After, layer: str, walk: Walk) -> None:
-        done = {name: self.extent.parts[name] for name in walk.done if name in self.extent.parts}
-        merged = self._merged(done)
+    def _retrain(self, after: After, layer: str) -> None:
+        merged = self._merged()
         after(merged, layer)
-        partly = {name: part for name, part in done.items() if not is_whole(part)}
-        read_streams(merged, {name: stream.student for name, stream in self.streams.items()}, partly)
+        read_streams(merged, {name: stream.student for name, stream in self.streams.items()}, self._partly())
         for task, tail in self.tails.items():
             for name, value in tail.graph.initializers.items():
                 set_array(value, get_array(merged.graph.initializers[f"{task}/{name}"]))
-        walk.catch_up()
+        self.walk.catch_up()
 
     def _ordered_tail(self, task: Task) -> oir.Model:
         """The task's tail, which reads the stem's channels in the order that they have there."""
         theirs = self.cut.names[task.name]
         tail = self.tails[task.name].clone()
-        order = self.streams[task.name].order_at(self.cut.unit.cut, self.cut.axis, self.cut.size, self.extent.spaces)
+        order = self.streams[task.name].order_at(
+            self.cut.unit.cut, self.cut.axis, self.cut.size, self.walk.extent.spaces
+        )
         rename_value(tail, theirs, ARRIVING)
         if (order != np.arange(self.cut.size)).any():
             _insert_gather(tail, np.argsort(order), self.cut.axis, theirs)
@@ -186,7 +204,7 @@ def _stream(
     return Stream(student, teacher, feeds, task.feeds(split, task), len(split), orders)
 
 
-def _in_order(sharable: Sharable, extent: Extent, task: Task, orders: Mapping[str, np.ndarray]) -> oir.Model:
+def _in_order(sharable: Sharable, extent: Extent, task: Task, orders: Alignment) -> oir.Model:
     """The stem with a task's arrays, its channels in these orders."""
     assert extent.stem is not None
     stem = extent.stem.clone()

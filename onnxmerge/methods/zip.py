@@ -27,14 +27,14 @@ from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.pictures import held_out_pictures
-from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan
+from onnxmerge.methods.plan import Plan, PlannedCandidate, as_made, make_plan
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.stem import Stems
 from onnxmerge.methods.structure import Widths, merged_structure, size_of
 from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
 from onnxmerge.methods.weights_begun import LOST_NAMES, Begun, lost_names, reopen
-from onnxmerge.methods.weights_mode import share_weights
+from onnxmerge.methods.weights_mode import Merged, share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Mode, Pairing, Start
 from onnxmerge.methods.zip_settings import ZipSettings
@@ -96,7 +96,7 @@ def zip_models(
         with whole_file(folder / "merged.onnx") as temporary_file:
             shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
         result.pictures = held_out_pictures(tasks, folder / "merged.onnx", threads=settings.threads)
-    write_text(folder / "plan.json", plan.to_json())
+    write_text(folder / "plan.json", as_made(plan, result, tasks, sharable).to_json())
     write_report(result, folder)
     if interrupted:
         raise Interrupted(result)
@@ -174,7 +174,7 @@ class _Run:
         if k > 0 and (self.settings.mode is Mode.COMPUTE or self.settings.pairing is Pairing.CORRELATION):
             self._align()
         self.progress.stage(f"{name}: fit", None)
-        start, merged = self._closed_form(planned)
+        start, merged, channels = self._closed_form(planned)
         losses: list[tuple[int, float]] = []
         if self.settings.steps and k > 0:
             losses = self._calibrate(name, merged, self.settings.steps)
@@ -196,6 +196,7 @@ class _Run:
             start=None if start is None else start.value,
             shared_layers=sum(len(unit.layers) for unit in self.plan.units[:k]),
             total_layers=len(find_layers(self.sharable.reference.model)),
+            channels=channels,
             losses=losses,
         )
         if self.settings.measure:
@@ -218,12 +219,13 @@ class _Run:
                 )
                 self.progress.advance(task.name)
 
-    def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model]:
-        """The best of the settings' starts by its worst task on some held-out samples."""
+    def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model, dict[str, int]]:
+        """The best of the settings' starts by its worst task on some held-out samples, and what was decided."""
         if not planned.units:
-            return None, merged_structure(self.sharable, self.tasks, None, Widths())
+            return None, merged_structure(self.sharable, self.tasks, None, Widths()), {}
         if self.settings.mode is Mode.WEIGHTS:
-            return None, self._shared_weights(planned)
+            merged = self._shared_weights(planned)
+            return None, merged.model, {} if self.settings.max_difference is None else dict(merged.counts)
         cut = self.sharable.cuts[planned.units - 1]
         tried = []
         own = bool(planned.channels or planned.private)
@@ -232,10 +234,10 @@ class _Run:
             tails = fit_tails(self.sharable, self.tasks, stem, cut, self.fitting)
             tried.append((start, stem.attach(tails)))
         if len(tried) == 1:
-            return tried[0]
-        return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0)
+            return *tried[0], {}
+        return *min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0), {}
 
-    def _shared_weights(self, planned: PlannedCandidate) -> oir.Model:
+    def _shared_weights(self, planned: PlannedCandidate) -> Merged:
         def after(merged: oir.Model, layer: str) -> None:
             self._calibrate(f"{planned.name}, {layer}", merged, self.settings.retrain)
 
@@ -251,6 +253,7 @@ class _Run:
                 seed=self.settings.seed,
                 threads=self.settings.threads,
                 weights=self.settings.weights,
+                max_difference=self.settings.max_difference,
             ),
             begun=self._begun(planned),
             after=after if self.settings.retrain else None,
@@ -258,13 +261,13 @@ class _Run:
         )
 
     def _begun(self, planned: PlannedCandidate) -> Begun | None:
-        """The finished candidate that this one goes on from: of those that share fewer units, all wholly, the last."""
+        """The finished candidate that this one goes on from: of those that share fewer units the last."""
         units = {own.name: own.units for own in self.plan.candidates if not own.channels and own.units < planned.units}
         finished = [own for own in self.candidates if units.get(own.name)]
         if planned.channels or not finished:
             return None
         last = max(finished, key=lambda own: own.share)
-        return reopen(self.shelf.model_path(last.name), last.share)
+        return reopen(self.shelf.model_path(last.name), last.share, last.channels)
 
     def _calibrate(self, name: str, merged: oir.Model, steps: int) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""

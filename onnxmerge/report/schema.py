@@ -92,6 +92,8 @@ class Candidate(_Record):
     shared_layers: int | None = None
     """Layers inside the stem, of `total_layers` per network."""
     total_layers: int | None = None
+    channels: dict[str, int] = Field(default_factory=dict)
+    """How many neurons of each channel space are shared, where that was decided while the candidate was made."""
     losses: list[tuple[int, float]] = Field(default_factory=list)
     """Held-out calibration loss: (step, loss), step 0 being the closed form."""
 
