@@ -17,7 +17,7 @@ from onnxmerge.ir.weights import get_array
 from onnxmerge.methods.alignment import find_sharable
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task
-from onnxmerge.methods.weights_begun import LOST_NAMES, Begun, lost_names, reopen
+from onnxmerge.methods.weights_begun import LOST_NAMES, Begun, lost_names, read_candidate
 from onnxmerge.methods.weights_mode import share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Mode, Rule
@@ -32,7 +32,7 @@ def step_by_step(tasks: list[Task], folder: Path, **given: object) -> list[oir.M
         sharing = WeightSharing(samples=300, threads=1, **given)  # type: ignore[arg-type]
         made.append(share_weights(sharable, {}, tasks, k, sharing, begun=begun).model)
         save(made[-1], folder / f"{k}.onnx", {LOST_NAMES: json.dumps(lost_names(made[-1]))})
-        begun = reopen(folder / f"{k}.onnx", k, {})
+        begun = Begun(k, {}, read_candidate(folder / f"{k}.onnx"), tasks, sharable)
     return made
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.methods.alignment import Sharable, stem_spaces
+from onnxmerge.methods.fictive import sized_for
 from onnxmerge.methods.structure import Size, Widths, merged_structure, size_of
 from onnxmerge.methods.task import Network
 from onnxmerge.methods.weights_plan import predicted_bytes
@@ -139,7 +140,7 @@ def as_made(plan: Plan, result: Result, tasks: Sequence[Network], sharable: Shar
 
 
 def _weights_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate, originals: Size) -> Size:
-    size = predicted_bytes(tasks, sharable, candidate.channels or candidate.units)
+    size = predicted_bytes(*sized_for(tasks, sharable, candidate.units), candidate.channels or candidate.units)
     saved = originals.bytes - size
     return originals.model_copy(update={"bytes": size, "parameters": originals.parameters - saved // 4})
 

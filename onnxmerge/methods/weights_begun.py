@@ -17,10 +17,11 @@ from onnxmerge.ir.load import read
 from onnxmerge.ir.space import Space
 from onnxmerge.ir.stored import store_once
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
-from onnxmerge.methods.alignment import Cut
+from onnxmerge.methods.alignment import Cut, Sharable
+from onnxmerge.methods.fictive import with_fictive
 from onnxmerge.methods.tails import own_tail
 from onnxmerge.methods.task import Task
-from onnxmerge.methods.weights_plan import Counts, Extent, is_whole
+from onnxmerge.methods.weights_plan import Counts, find_extent, is_whole, with_counts
 from onnxmerge.passes.stack_tasks import read_streams
 
 LOST_NAMES = "onnxmerge.lost_names"
@@ -37,11 +38,15 @@ class Begun:
         units: k.
         counts: how many neurons of their spaces are shared; of those not mentioned all are.
         model: the model.
+        tasks: the originals, with the fictive neurons that they have in it.
+        sharable: what these have in common.
     """
 
     units: int
     counts: Counts
     model: oir.Model
+    tasks: Sequence[Task]
+    sharable: Sharable
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def lost_names(model: oir.Model) -> dict[str, str]:
     }
 
 
-def reopen(path: str | os.PathLike[str], units: int, counts: Counts) -> Begun:
+def read_candidate(path: str | os.PathLike[str]) -> oir.Model:
     """A candidate on disk, its initializers under all their names.
 
     Raises:
@@ -80,21 +85,27 @@ def reopen(path: str | os.PathLike[str], units: int, counts: Counts) -> Begun:
     model = read(path)
     for name, kept in json.loads(model.metadata_props.get(LOST_NAMES, "{}")).items():
         add_initializer(model.graph, name, get_array(model.graph.initializers[kept]))
-    return Begun(units, counts, model)
+    return model
 
 
-def read_tasks(begun: Begun, tasks: Sequence[Task], extent: Extent) -> dict[str, SoFar]:
-    """What a merged model holds of each task.
+def read_tasks(begun: Begun, until: str, *, depthwise: bool) -> tuple[Cut | None, dict[str, SoFar]]:
+    """What a merged model holds of each task, and where its shared part ends; nothing where it shares none.
 
     Args:
         begun: the model.
-        tasks: the originals.
-        extent: how far sharing goes in that model.
+        until: the tasks get the fictive neurons that sharing up to this cut takes.
+        depthwise: see `WeightSharing`.
     """
-    assert extent.cut is not None and extent.stem is not None
-    stems = {task.name: extent.stem.clone() for task in tasks}
+    extent = find_extent(begun.sharable, begun.units, depthwise=depthwise)
+    if extent.cut is None or extent.stem is None:
+        return None, {}
+    stem, cut = extent.stem, extent.cut
+    extent = with_counts(extent, begun.counts, depthwise=depthwise)
+    stems = {task.name: stem.clone() for task in begun.tasks}
     read_streams(begun.model, stems, {name: part for name, part in extent.parts.items() if not is_whole(part)})
-    return {task.name: SoFar(stems[task.name], *_own(begun.model, task, extent.cut)) for task in tasks}
+    found = [_own(begun.model, task, cut) for task in begun.tasks]
+    wide = with_fictive([task for task, _ in found], until)
+    return cut, {task.name: SoFar(stems[task.name], task, order) for task, (_, order) in zip(wide, found, strict=True)}
 
 
 def _own(merged: oir.Model, task: Task, cut: Cut) -> tuple[Task, np.ndarray]:

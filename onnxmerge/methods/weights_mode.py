@@ -107,13 +107,11 @@ class _Merging:
     ):
         assert extent.cut is not None
         self.tasks, self.cut, self.sharing, self.folder = tasks, extent.cut, sharing, folder
-        start, found = None, {}
-        earlier = None if begun is None else find_extent(sharable, begun.units, depthwise=sharing.depthwise)
-        if begun is not None and earlier is not None and earlier.cut is not None:
-            start = earlier.cut
-            earlier = with_counts(earlier, begun.counts, depthwise=sharing.depthwise)
+        start: Cut | None = None
+        found: dict[str, SoFar] = {}
+        if begun is not None:
+            start, found = read_tasks(begun, extent.cut.unit.cut, depthwise=sharing.depthwise)
             extent = with_counts(extent, begun.counts, depthwise=sharing.depthwise)
-            found = read_tasks(begun, tasks, earlier)
         self.streams = {
             task.name: _stream(sharable, aligned, task, extent, sharing, start, found.get(task.name)) for task in tasks
         }
@@ -198,7 +196,8 @@ def _stream(
     student = teacher.clone() if so_far is None else _in_order(sharable, extent, so_far.task, orders)
     if so_far is not None:
         for name, value in so_far.stem.graph.initializers.items():
-            set_array(student.graph.initializers[name], get_array(value))
+            if name in student.graph.initializers:  # sizes may be held under other names where spaces are wider
+                set_array(student.graph.initializers[name], get_array(value))
     split = task.data.calibration.take(sharing.samples, sharing.seed)
     feeds = task.feeds(split, sharable.reference)
     return Stream(student, teacher, feeds, task.feeds(split, task), len(split), orders)

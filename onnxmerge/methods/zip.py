@@ -24,6 +24,7 @@ from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
 from onnxmerge.methods.bounds import Bounds
 from onnxmerge.methods.candidates import Interrupted, Shelf
+from onnxmerge.methods.fictive import find_sharable_of_any_width, sized_for, with_fictive
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.pictures import held_out_pictures
@@ -33,7 +34,7 @@ from onnxmerge.methods.stem import Stems
 from onnxmerge.methods.structure import Widths, merged_structure, size_of
 from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
-from onnxmerge.methods.weights_begun import LOST_NAMES, Begun, lost_names, reopen
+from onnxmerge.methods.weights_begun import LOST_NAMES, Begun, lost_names, read_candidate
 from onnxmerge.methods.weights_mode import Merged, share_weights
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Mode, Pairing, Start
@@ -82,7 +83,7 @@ def zip_models(
     networks = load_networks(models)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
-    sharable = find_sharable(tasks)
+    sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
     plan = make_plan(tasks, sharable, settings.share, settings.widths, settings.sharing, settings.mode)
     folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = _recipe(tasks, settings, plan)
@@ -112,7 +113,8 @@ def plan_zip(
 ) -> Plan:
     """What `zip_models` would share, before any weight is touched; needs no data."""
     networks = load_networks(models)
-    return make_plan(networks, find_sharable(networks), share, widths, sharing, mode)
+    sharable = (find_sharable_of_any_width if mode is Mode.WEIGHTS else find_sharable)(networks)
+    return make_plan(networks, sharable, share, widths, sharing, mode)
 
 
 def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[str, Any]:
@@ -177,7 +179,8 @@ class _Run:
         start, merged, channels = self._closed_form(planned)
         losses: list[tuple[int, float]] = []
         if self.settings.steps and k > 0:
-            losses = self._calibrate(name, merged, self.settings.steps)
+            teachers, _ = sized_for(self.tasks, self.sharable, k)
+            losses = self._calibrate(name, merged, teachers, self.settings.steps)
         path = self.shelf.model_path(name)
         metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
         if self.settings.mode is Mode.WEIGHTS:
@@ -208,11 +211,12 @@ class _Run:
         """Align every task with the first, once."""
         if not self.aligned:
             self.progress.stage("align", len(self.tasks) - 1)
-            for task in self.tasks[1:]:
+            tasks = with_fictive(self.tasks) if self.sharable.fictive else self.tasks
+            for task in tasks[1:]:
                 self.aligned[task.name] = align(
                     self.sharable,
                     task,
-                    self.tasks,
+                    tasks,
                     samples=self.settings.samples,
                     seed=self.settings.seed,
                     threads=self.settings.threads,
@@ -238,13 +242,15 @@ class _Run:
         return *min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0), {}
 
     def _shared_weights(self, planned: PlannedCandidate) -> Merged:
+        tasks, sharable = sized_for(self.tasks, self.sharable, planned.units)
+
         def after(merged: oir.Model, layer: str) -> None:
-            self._calibrate(f"{planned.name}, {layer}", merged, self.settings.retrain)
+            self._calibrate(f"{planned.name}, {layer}", merged, tasks, self.settings.retrain)
 
         return share_weights(
-            self.sharable,
+            sharable,
             self.aligned,
-            self.tasks,
+            tasks,
             planned.channels or planned.units,
             WeightSharing(
                 rule=self.settings.rule,
@@ -267,10 +273,11 @@ class _Run:
         if planned.channels or not finished:
             return None
         last = max(finished, key=lambda own: own.share)
-        return reopen(self.shelf.model_path(last.name), last.share, last.channels)
+        model = read_candidate(self.shelf.model_path(last.name))
+        return Begun(last.share, last.channels, model, *sized_for(self.tasks, self.sharable, last.share))
 
-    def _calibrate(self, name: str, merged: oir.Model, steps: int) -> list[tuple[int, float]]:
-        """Train `merged` in place; the held-out losses."""
+    def _calibrate(self, name: str, merged: oir.Model, tasks: Sequence[Task], steps: int) -> list[tuple[int, float]]:
+        """Train `merged` in place with `tasks` as teachers; the held-out losses."""
         from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
 
         self.progress.stage(f"{name}: calibrate", steps)
@@ -281,7 +288,7 @@ class _Run:
             seed=self.settings.seed,
             threads=self.settings.threads,
         )
-        return calibrate_merged(merged, self.tasks, task_outputs(self.tasks), settings, self.progress)
+        return calibrate_merged(merged, tasks, task_outputs(tasks), settings, self.progress)
 
     def _measure(self, candidate: Candidate, path: Path) -> None:
         self.progress.stage(f"{candidate.name}: measure", None)
