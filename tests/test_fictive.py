@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_weights_mode import channels_last, depthwise, error, flattening, permuted, tasks_of
 
 import onnxmerge
-from onnxmerge.errors import ModelError
+from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.load import load
@@ -25,9 +25,11 @@ from onnxmerge.methods.fictive import find_sharable_of_any_width, sized_for, wit
 from onnxmerge.methods.weights_mode import share_weights
 from onnxmerge.methods.weights_plan import predicted_bytes
 from onnxmerge.methods.weights_settings import WeightSharing
+from onnxmerge.methods.zip import plan_zip
 from onnxmerge.methods.zip_choices import Mode, Rule
 from onnxmerge.methods.zip_settings import ZipSettings
 from onnxmerge.passes.add_fictive import AddFictive
+from onnxmerge.passes.pad_inputs import AddFictiveInputs, Padding, PadInputs
 
 
 def curved(seed: int = 0) -> Net:
@@ -144,3 +146,94 @@ def test_a_whole_run_of_unequal_networks(tmp_path):
     extract_task(Path(str(result.candidates[-1].path)), "b", tmp_path / "alone.onnx")
     for name, array in execute(load(tmp_path / "alone.onnx"), feeds).items():
         assert relative_error(wanted[f"b/{name}"], array) < 1e-3
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(BUILDS), st.integers(1, 9), st.integers(0, 9))
+def test_fictive_inputs_change_nothing(build, zeros, seed):
+    model = build(seed=seed).model()
+    padding = Padding(1, zeros)
+    wide = AddFictiveInputs("x", padding)(model).model
+    assert dims(wide.graph.inputs[0])[1] == dims(model.graph.inputs[0])[1] + zeros
+    feeds = feeds_for(model)
+    for name, wanted in execute(model, feeds).items():
+        noise = padding.pad(feeds["x"])
+        noise[:, -zeros:] = 7  # whatever they hold
+        assert relative_error(wanted, execute(wide, {"x": padding.pad(feeds["x"])})[name]) < 1e-4
+        assert relative_error(wanted, execute(wide, {"x": noise})[name]) < 1e-4
+    own = PadInputs({"x": padding})(wide.clone()).model
+    assert_same_outputs(model, own, feeds, tolerance=1e-4)
+    assert dims(own.graph.inputs[0]) == dims(model.graph.inputs[0])
+
+
+def gray(seed: int) -> Net:
+    net = Net(seed)
+    x = net.relu(net.norm(net.conv(net.input(["N", 1, 10, 10], "gray"), 7)))
+    for out in (9, 8):
+        x = net.relu(net.norm(net.conv(x, out)))
+    net.head(x, 4)
+    return net
+
+
+def tabular(seed: int) -> Net:
+    net = Net(seed)
+    x = net.relu(net.gemm(net.input(["N", 9], "row"), 12))
+    net.output(net.gemm(net.relu(net.gemm(x, 11)), 3))
+    return net
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(chain, gray), (gray, chain), (dense, tabular)])
+def test_a_whole_run_of_networks_with_other_inputs(ours, theirs, tmp_path):
+    """Each task keeps its own input in the merged model, and comes back out with it."""
+    random = np.random.default_rng(0)
+    models, data, feeds = {"a": ours(0).model(), "b": theirs(1).model()}, {}, {}
+    for name, model in models.items():
+        save(model, tmp_path / f"{name}.onnx")
+        (source,) = model.graph.inputs
+        x = random.standard_normal((300, *(size or 1 for size in dims(source)[1:]))).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", **{str(source.name): x})
+        data[name], feeds[name] = tmp_path / f"{name}.npz", {str(source.name): x[:8]}
+    paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    quick = ZipSettings(mode=Mode.WEIGHTS, samples=200, steps=3, retrain=2, measure=False, threads=1)
+    result = onnxmerge.zip_models(paths, data, tmp_path / "out", settings=quick)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())["candidates"]
+    assert len(plan) > 2
+    for candidate, planned in zip(result.candidates, plan, strict=True):
+        assert candidate.parameters == planned["predicted"]["parameters"]
+        merged = load(str(candidate.path))
+        both = {f"{task}/{name}": x for task, own in feeds.items() for name, x in own.items()}
+        assert {value.name: dims(value)[1:] for value in merged.graph.inputs} == {
+            name: array.shape[1:] for name, array in both.items()
+        }
+        together = execute(merged, both)
+        for task, own in feeds.items():
+            alone = tmp_path / f"{candidate.name}-{task}.onnx"
+            extract_task(Path(str(candidate.path)), task, alone)
+            original = execute(models[task], own)
+            for name, array in execute(load(alone), own).items():
+                assert relative_error(together[f"{task}/{name}"], array) < 1e-3
+                assert candidate.share or relative_error(original[name], array) < 1e-4
+    errors = [max(score.relative_error or 0 for score in c.tasks.values()) for c in result.candidates]
+    assert errors[0] < 1e-5 < errors[1] and errors[-1] < 1.2
+    against = dict(zip("ab", paths, strict=True))
+    scored, _ = onnxmerge.validate_model(tmp_path / "out" / "k01.onnx", against, data, threads=1)
+    for task, score in scored.candidates[0].tasks.items():
+        assert score.relative_error == pytest.approx(result.candidates[1].tasks[task].relative_error, rel=1e-3)
+
+
+def test_inputs_that_zeros_cannot_make_equal_are_refused(tmp_path):
+    def image(size: int) -> oir.Model:
+        net = Net()
+        net.head(net.relu(net.conv(net.input(["N", 3, size, size]), 4)))
+        return net.model()
+
+    for name, model in {"a": image(8), "b": image(9), "c": dense().model()}.items():
+        save(model, tmp_path / f"{name}.onnx")
+    for other, reason in (("b", "differ in more than one number of channels"), ("c", "must read the same inputs")):
+        with pytest.raises(UsageError, match=reason):
+            plan_zip([tmp_path / "a.onnx", tmp_path / f"{other}.onnx"], mode=Mode.WEIGHTS)
+    with pytest.raises(UsageError, match="must read the same inputs"):
+        plan_zip([tmp_path / "a.onnx", tmp_path / "b.onnx"])

@@ -22,6 +22,7 @@ from onnxmerge.ir.compose import rename_value
 from onnxmerge.ir.layers import Layer
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
 from onnxmerge.methods.alignment import Aligned, Cut, Sharable
+from onnxmerge.methods.fictive import with_own_inputs
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.tails import ARRIVING, own_tail, refit_tail
@@ -34,6 +35,7 @@ from onnxmerge.methods.zip_choices import Rule
 from onnxmerge.passes.align import Alignment
 from onnxmerge.passes.attach_tails import unshared
 from onnxmerge.passes.average import Partner, aligned_array
+from onnxmerge.passes.pad_inputs import Padding
 from onnxmerge.passes.shared_weights import share_least_squares
 from onnxmerge.passes.stack_tasks import StackTasks, read_streams
 from onnxmerge.passes.weight_parts import Part
@@ -86,7 +88,7 @@ def share_weights(
     sharing = sharing or WeightSharing()
     extent = find_extent(sharable, share, depthwise=sharing.depthwise)
     if extent.cut is None:
-        return Merged(unshared({task.name: task.model for task in tasks}), extent.counts)
+        return Merged(unshared({task.name: with_own_inputs(task).model for task in tasks}), extent.counts)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
         merging = _Merging(sharable, aligned, tasks, extent, sharing, begun, Path(folder))
         return merging.run(after, progress or Silent())
@@ -139,8 +141,16 @@ class _Merging:
         """The model in which the layers visited so far are shared."""
         (first, stream), *others = self.streams.items()
         tails = {task.name: self._ordered_tail(task) for task in self.tasks}
-        stacked = StackTasks(first, {name: other.student for name, other in others}, tails, self._partly())
+        stacked = StackTasks(
+            first, {name: other.student for name, other in others}, tails, self._partly(), self._own_inputs()
+        )
         return stacked(stream.student).model
+
+    def _own_inputs(self) -> dict[str, list[tuple[str, Padding]]] | None:
+        """The tasks' own inputs, where they differ in some."""
+        if not any(task.paddings for task in self.tasks):
+            return None
+        return {task.name: [(n, task.paddings.get(n, Padding(0, 0))) for n in task.inputs] for task in self.tasks}
 
     def _retrain(self, after: After, layer: str) -> None:
         merged = self._merged()

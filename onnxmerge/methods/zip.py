@@ -19,12 +19,13 @@ import onnx_ir as oir
 
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.files import claim_folder, whole_file, write_text
+from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
 from onnxmerge.methods.bounds import Bounds
 from onnxmerge.methods.candidates import Interrupted, Shelf
-from onnxmerge.methods.fictive import find_sharable_of_any_width, sized_for, with_fictive
+from onnxmerge.methods.fictive import find_sharable_of_any_width, sized_for, with_fictive, with_own_inputs
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.pictures import held_out_pictures
@@ -80,7 +81,7 @@ def zip_models(
     settings.check(len(models))
     progress = progress or Silent()
     progress.stage("load")
-    networks = load_networks(models)
+    networks = load_networks(models, same_inputs=settings.mode is Mode.COMPUTE)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
     sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
@@ -112,7 +113,7 @@ def plan_zip(
     mode: Mode = Mode.COMPUTE,
 ) -> Plan:
     """What `zip_models` would share, before any weight is touched; needs no data."""
-    networks = load_networks(models)
+    networks = load_networks(models, same_inputs=mode is Mode.COMPUTE)
     sharable = (find_sharable_of_any_width if mode is Mode.WEIGHTS else find_sharable)(networks)
     return make_plan(networks, sharable, share, widths, sharing, mode)
 
@@ -148,7 +149,9 @@ class _Run:
         self.fitting = Fitting(settings.samples, settings.seed, settings.threads, temporary, progress, settings.weights)
         self.judge = Judge(tasks, temporary, settings.threads)
         self.chooser = Judge(tasks, temporary / "chooser", settings.threads, samples=_CHOOSING, seed=settings.seed)
-        self.bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
+        own = {tuple(dims(value) for value in task.model.graph.inputs) for task in tasks}
+        names = tasks[0].inputs if len(own) == 1 else [f"{task.name}/{name}" for task in tasks for name in task.inputs]
+        self.bench = Bench(tasks, names, settings.threads, settings.providers)
         self.aligned: dict[str, Aligned] = {}
         self.stems = Stems(sharable, self.aligned, tasks, self.fitting)
         self.candidates: list[Candidate] = []
@@ -288,7 +291,8 @@ class _Run:
             seed=self.settings.seed,
             threads=self.settings.threads,
         )
-        return calibrate_merged(merged, tasks, task_outputs(tasks), settings, self.progress)
+        teachers = [with_own_inputs(task) for task in tasks]
+        return calibrate_merged(merged, teachers, task_outputs(teachers), settings, self.progress)
 
     def _measure(self, candidate: Candidate, path: Path) -> None:
         self.progress.stage(f"{candidate.name}: measure", None)
