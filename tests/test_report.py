@@ -43,7 +43,15 @@ def test_json_has_the_documented_keys_at_every_level() -> None:
             "steps",
             "seconds",
         }
-        assert set(candidate) == contract | {"macs", "ensemble", "start", "shared_layers", "total_layers", "losses"}
+        assert set(candidate) == contract | {
+            "macs",
+            "ensemble",
+            "start",
+            "shared_layers",
+            "total_layers",
+            "channels",
+            "losses",
+        }
         assert set(candidate["latency_ms"]) == {"merged", "separate", "separate_default", "speedup"}
         assert set(candidate["memory_mb"]) == {"merged", "separate"}
         for score in candidate["tasks"].values():
