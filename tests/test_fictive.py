@@ -9,6 +9,7 @@ import pytest
 from graphs import Net, assert_same_outputs, chain, dense, execute, feeds_for, relative_error, residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_exact_passes import NETS
 from test_weights_mode import channels_last, depthwise, error, flattening, permuted, tasks_of
 
 import onnxmerge
@@ -58,6 +59,20 @@ def test_fictive_neurons_change_nothing(build, more, seed):
     assert {name: sizes[name] for name in widths} == widths
     for ours, theirs in zip(find_layers(model), find_layers(padded), strict=True):
         assert np.count_nonzero(get_array(theirs.weight)) == np.count_nonzero(get_array(ours.weight))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_fictive_neurons_in_networks_of_all_kinds(name):
+    model = NETS[name]().model()
+    spaces = [space for space in find_spaces(model).permutable() if not space.blocks]
+    widths = {space.name: 2 * space.size for space in spaces}
+    if name == "grouped":  # there are no fictive groups
+        with pytest.raises(ModelError, match="groups"):
+            AddFictive(widths)(model)
+        return
+    padded = AddFictive(widths)(model).model
+    assert_same_outputs(model, padded, feeds_for(model), tolerance=1e-4)
+    assert {space.name: space.size for space in find_spaces(padded).permutable()}.items() >= widths.items()
 
 
 def test_a_channel_of_zeros_that_may_become_infinite_is_refused():
