@@ -10,6 +10,7 @@ from graphs import Net, assert_same_outputs, chain, dense, execute, feeds_for, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact_passes import NETS
+from test_law import random_nets
 from test_weights_mode import channels_last, depthwise, error, flattening, permuted, tasks_of
 
 import onnxmerge
@@ -73,6 +74,27 @@ def test_fictive_neurons_in_networks_of_all_kinds(name):
     padded = AddFictive(widths)(model).model
     assert_same_outputs(model, padded, feeds_for(model), tolerance=1e-4)
     assert {space.name: space.size for space in find_spaces(padded).permutable()}.items() >= widths.items()
+
+
+@pytest.mark.slow
+def test_fictive_neurons_in_random_graphs():
+    """One space gets more channels. What cannot be done is refused, and much can."""
+    done = []
+
+    @settings(max_examples=60, deadline=None)
+    @given(random_nets(), st.integers(1, 9))
+    def holds(net, more):
+        model = net.model()
+        spaces = [space for space in find_spaces(model).permutable() if not space.blocks]
+        try:
+            padded = AddFictive({space.name: space.size + more for space in spaces[-1:]})(model).model
+        except ModelError:
+            return
+        assert_same_outputs(model, padded, feeds_for(model), tolerance=1e-4)
+        done.append(net)
+
+    holds()
+    assert len(done) >= 8, len(done)
 
 
 def test_a_channel_of_zeros_that_may_become_infinite_is_refused():
