@@ -144,7 +144,7 @@ def _without_adapters(run: Run) -> oir.Model:
     Refit(teachers, cuts, _solve_sparse if sparse else _solve, threads=THREADS)(merged)
     if run.steps:
         calibrate_merged(merged, tasks, task_outputs(tasks), Settings(run.steps, threads=THREADS), Silent())
-        return pruned(merged, images(run.pair[0].data)) if sparse else merged
+        return pruned(merged, run.pair[0].data) if sparse else merged
     return merged
 
 

@@ -14,6 +14,7 @@ from onnxmerge.calibration.judge import BestWeights, Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
 from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.sparsity import Absent
 from onnxmerge.calibration.streams import Batches, Stream, group
 from onnxmerge.data import Split
 
@@ -52,6 +53,8 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Outcome:
     """Train the weights and norm scales of `merged`; it keeps those with the least held-out loss, the start included.
+
+    A weight of which at least half is zero is taken for a pruned one, and its zeros stay (see `sparsity`).
 
     Each step sums the tasks' losses (`Objective`), each with the weights of `settings`. Where K tasks have the same
     outputs of the merged network, each counts 1/K: the loss is the mean over their teachers, labels count once, and
@@ -107,7 +110,7 @@ def _train(
     progress: Progress | None,
 ) -> Outcome:
     """Run the optimiser; `student` ends with its best weights. A loss that is no longer finite ends the run."""
-    parameters = student.trainable()
+    parameters, absent = student.trainable(), Absent(student)
     bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
     outcome, best = Outcome(), BestWeights(parameters)
     evaluations = {round(i * settings.steps / settings.evaluations) for i in range(1, settings.evaluations + 1)}
@@ -119,6 +122,7 @@ def _train(
         optimiser, schedule = _optimiser(parameters, settings)
         for step in range(1, settings.steps + 1):
             finite = _step(student, streams, sources, optimiser, bfloat16)
+            absent.restore()
             schedule.step()
             held_out_loss = None
             if step in evaluations:

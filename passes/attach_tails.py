@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx_ir as oir
 
 from onnxmerge.ir.compose import finish, splice
+from onnxmerge.ir.labels import dims
 
 SHARED = "shared/"
 
@@ -78,9 +79,26 @@ def attach_tail(graph: oir.Graph, prefix: str, tail: oir.Model, arriving: Sequen
 
 
 def unshared(models: Mapping[str, oir.Model]) -> oir.Model:
-    """Whole networks beside each other by their names; they share the inputs, called as those of the first."""
-    merged: oir.Model = AttachTails(models)(bare_stem(next(iter(models.values())))).model
-    return merged
+    """Whole networks beside each other by their names.
+
+    They share the inputs, called as those of the first; where sizes differ each has its own, called `TASK/input`.
+    """
+    first = next(iter(models.values()))
+    if len({tuple(dims(value) for value in model.graph.inputs) for model in models.values()}) == 1:
+        merged: oir.Model = AttachTails(models)(bare_stem(first)).model
+        return merged
+    stem = bare_stem(first)
+    reads = {task: [f"{task}/{value.name}" for value in model.graph.inputs] for task, model in models.items()}
+    inputs = [
+        oir.Value(name=name, shape=value.shape, type=value.type)
+        for task, model in models.items()
+        for name, value in zip(reads[task], model.graph.inputs, strict=True)
+    ]
+    for values in (stem.graph.outputs, stem.graph.inputs):
+        values.clear()
+        values.extend(inputs)
+    apart: oir.Model = AttachTails(models, reads)(stem).model
+    return apart
 
 
 def bare_stem(model: oir.Model) -> oir.Model:

@@ -8,11 +8,14 @@ neurons) and P_t its own (the bias, the connections from its private inputs):
 which is solved exactly by eliminating each P_t (the Schur complement of its part of X_t' X_t) before the sum.
 
 *Least squares*: Z_t is what the original computes there, divided by its variance so that no task dominates, and the
-ridge pulls W to the mean of the tasks' weights and P_t to what it was (PLeaS, RegMean; see `least_squares`).
+ridge pulls W to the weighted mean of the tasks' weights and P_t to what it was (PLeaS, RegMean; see
+`least_squares`).
 
 *MTZ* (He, Zhou and Thiele 2018, eq. 6 to 11): Z_t is what the task's own weights make of X_t, the connections from
 private inputs stay as they are, and the ridge is only what keeps the sum regular. Then W is `mtz.solve_hessian`, whose
 Hessians are those left when the bias is free: the covariance of X_t. The bias takes up what W does to the mean.
+
+The a_t say how much each task counts; for two tasks MTZ's alpha is a_1 / (a_1 + a_2) (eq. 5).
 
 *Sparse weights* (MTZ, section 3.6): a connection that is zero stays absent. Of the masks of the neurons that become
 one, that with more ones is kept, and the weights are solved on the free entries, for all neurons of one mask together.
@@ -30,7 +33,11 @@ from onnxmerge.runtime.statistics import Regression
 
 
 def share_least_squares(
-    statistics: Sequence[Regression], current: Sequence[np.ndarray], shared: np.ndarray, ridge: float = RIDGE
+    statistics: Sequence[Regression],
+    current: Sequence[np.ndarray],
+    shared: np.ndarray,
+    weights: Sequence[float],
+    ridge: float = RIDGE,
 ) -> list[np.ndarray]:
     """The tasks' weights towards their targets.
 
@@ -38,28 +45,30 @@ def share_least_squares(
         statistics: of each task: the merged network's own inputs, the original's outputs.
         current: the weights of each task [groups, fan in + 1, outputs] in one channel order, the bias last.
         shared: [fan in + 1] which rows all tasks have in common; none: each task is fitted alone.
+        weights: a_t.
         ridge: lambda.
 
     Returns:
         [groups, fan in + 1, outputs] for each task; the shared rows are equal.
     """
-    weights = [1 / max(float(task.target_variance().mean()), 1e-12) for task in statistics]
-    return _share(statistics, current, shared, weights, ridge)
+    scales = [1 / max(float(task.target_variance().mean()), 1e-12) for task in statistics]
+    return _share(statistics, current, shared, weights, scales, ridge)
 
 
 def share_by_hessian(
-    statistics: Sequence[Regression], current: Sequence[np.ndarray], shared: np.ndarray
+    statistics: Sequence[Regression], current: Sequence[np.ndarray], shared: np.ndarray, weights: Sequence[float]
 ) -> list[np.ndarray]:
     """MTZ's update: least change of what the tasks' own weights make of the inputs; arguments as above."""
     kept = np.append(shared[:-1], True)
     own = []
-    for task, weights in zip(statistics, current, strict=True):
+    for task, before in zip(statistics, current, strict=True):
         gram = task.gram[:, kept][:, :, kept]
-        own.append(replace(task, gram=gram, cross=gram @ weights[:, kept]))
-    found = _share(own, [weights[:, kept] for weights in current], shared[kept], [1.0] * len(own), DAMPING)
-    result = [weights.copy() for weights in current]
-    for weights, solution in zip(result, found, strict=True):
-        weights[:, kept] = solution
+        own.append(replace(task, gram=gram, cross=gram @ before[:, kept]))
+    scales = [1.0] * len(own)
+    found = _share(own, [before[:, kept] for before in current], shared[kept], weights, scales, DAMPING)
+    result = [before.copy() for before in current]
+    for after, solution in zip(result, found, strict=True):
+        after[:, kept] = solution
     return result
 
 
@@ -79,11 +88,12 @@ def _share(
     current: Sequence[np.ndarray],
     shared: np.ndarray,
     weights: Sequence[float],
+    scales: Sequence[float],
     ridge: float,
 ) -> list[np.ndarray]:
     found = [np.zeros(own.shape) for own in current]
     free = masks(current, shared)
-    factors = [weight / task.rows for weight, task in zip(weights, statistics, strict=True)]
+    factors = [weight * scale / task.rows for weight, scale, task in zip(weights, scales, statistics, strict=True)]
     for group in range(len(current[0])):
         grams = [factor * task.gram[group] for factor, task in zip(factors, statistics, strict=True)]
         rights = [factor * task.cross[group] for factor, task in zip(factors, statistics, strict=True)]
@@ -94,6 +104,7 @@ def _share(
                 grams,
                 [right[:, columns] for right in rights],
                 [own[group][:, columns] for own in current],
+                weights,
                 shared,
                 open_rows,
                 ridge,
@@ -113,13 +124,14 @@ def _solve(
     grams: Sequence[np.ndarray],
     rights: Sequence[np.ndarray],
     priors: Sequence[np.ndarray],
+    weights: Sequence[float],
     shared: np.ndarray,
     free: np.ndarray,
     ridge: float,
 ) -> list[np.ndarray]:
     """[fan in + 1, outputs] for each task, of one group; `free` [tasks, fan in + 1] are the rows that exist."""
     common = np.flatnonzero(shared & free[0])
-    prior = np.mean(priors, axis=0)[common]
+    prior = np.average(priors, axis=0, weights=weights)[common]
     pull = _pull(np.sum(grams, axis=0), ridge)[common]
     total, right = np.diag(pull), pull[:, None] * prior
     eliminated = []
@@ -134,11 +146,11 @@ def _solve(
         total = total + gram[np.ix_(common, common)] - across.T @ through
         right = right + cross[common] - across.T @ alone
         eliminated.append((private, through, alone))
-    weights = np.linalg.solve(total, right)
+    common_weights = np.linalg.solve(total, right)
     found = [np.zeros(own.shape) for own in priors]
     for solution, (private, through, alone) in zip(found, eliminated, strict=True):
-        solution[common] = weights
-        solution[private] = alone - through @ weights
+        solution[common] = common_weights
+        solution[private] = alone - through @ common_weights
     return found
 
 
@@ -152,7 +164,7 @@ def _pull(gram: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def differences(
-    statistics: Sequence[Regression], current: Sequence[np.ndarray], shared: np.ndarray
+    statistics: Sequence[Regression], current: Sequence[np.ndarray], shared: np.ndarray, weights: Sequence[float]
 ) -> list[np.ndarray]:
     """MTZ's functional difference (eq. 12) of each other task's neurons and the first's, for a layer of one group.
 
@@ -160,6 +172,7 @@ def differences(
         statistics: of the layer's inputs, for each task.
         current: the weights of each task [1, fan in + 1, outputs].
         shared: [fan in + 1] which rows are shared inputs; only they count, and the bias, which is free, does not.
+        weights: a_t.
 
     Returns:
         For each task but the first [its neurons, the first task's neurons]; without shared inputs all are 0.
@@ -168,11 +181,25 @@ def differences(
     moments = [_covariance(task, rows) for task in statistics]
     ours, *others = (own[0][rows] for own in current)
     return [
-        functional_difference([moments[0], moment], ours, theirs)
+        functional_difference([moments[0], moment], ours, theirs, (weights[0], weight))
         if len(rows)
         else np.zeros((theirs.shape[1], ours.shape[1]))
-        for moment, theirs in zip(moments[1:], others, strict=True)
+        for moment, theirs, weight in zip(moments[1:], others, weights[1:], strict=True)
     ]
+
+
+def energies(
+    statistics: Sequence[Regression], current: Sequence[np.ndarray], weights: Sequence[float]
+) -> list[np.ndarray]:
+    """For each task a_t / 2 times the variance of what a layer of one group makes, [outputs]; arguments as above.
+
+    It is what removing a neuron would cost, so two neurons' functional difference is at most the sum of theirs.
+    """
+    found = []
+    for task, own, weight in zip(statistics, current, weights, strict=True):
+        rows = np.arange(own.shape[1] - 1)
+        found.append(weight / 2 * np.einsum("fo,fo->o", own[0][rows], _covariance(task, rows) @ own[0][rows]))
+    return found
 
 
 def _covariance(task: Regression, rows: np.ndarray) -> np.ndarray:

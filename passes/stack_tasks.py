@@ -2,8 +2,8 @@
 
 Each task keeps its own activations. In front of a layer with a shared weight the tasks' inputs are concatenated along
 axis 0, the layer runs once, and its output is split again where something follows that each task has of its own (a
-bias, a norm, a depthwise convolution). What does not mix the entries of axis 0 stays stacked. All tasks read the same
-inputs, so what comes before the first difference is computed once and not stacked at all.
+bias, a norm, a depthwise convolution). What does not mix the entries of axis 0 stays stacked. If all tasks read the
+same inputs, what comes before the first difference is computed once and not stacked at all.
 
 Of a layer of which only some neurons are shared, y_S from the shared inputs x_S, each task t has its own connections
 from its private inputs x_P and to its private outputs y_P (He, Zhou and Thiele, Multi-Task Zipping, 2018, figure 1):
@@ -25,6 +25,7 @@ from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
 from onnxmerge.passes.attach_tails import SHARED, attach_tail
+from onnxmerge.passes.pad_inputs import Padding, own_input, padded_input
 from onnxmerge.passes.roles import read_axis
 from onnxmerge.passes.weight_parts import PRIVATE, TO_SHARED, Part, cut_up, put_together
 from onnxmerge.runtime.patches import channel_axis
@@ -57,6 +58,8 @@ class StackTasks(oir.passes.FunctionalPass):
         others: the other tasks' stems: the same graph with the same names, and other arrays.
         tails: by task; the inputs of each are, in order, its stem's outputs.
         parts: for the weights of which only a part is shared, which part.
+        inputs: where tasks have inputs of their own, called `TASK/name`: by task, for each input of its stem the name
+            and the zeros that it lacks. None: all read the same.
     """
 
     preserves = "exact"
@@ -67,11 +70,13 @@ class StackTasks(oir.passes.FunctionalPass):
         others: Mapping[str, oir.Model],
         tails: Mapping[str, oir.Model],
         parts: Mapping[str, Part] | None = None,
+        inputs: Mapping[str, Sequence[tuple[str, Padding]]] | None = None,
     ):
         self.task = task
         self.others = others
         self.tails = tails
         self.parts = parts or {}
+        self.inputs = inputs
 
     def requires(self, model: oir.Model) -> None:
         """The stems have one graph."""
@@ -91,8 +96,12 @@ class StackTasks(oir.passes.FunctionalPass):
                 raise ModelError(f"{node.op_type} {node.name!r} has a sub-graph: no weights can be shared behind it")
         stems = {self.task: model, **self.others}
         inputs = [oir.Value(name=v.name, shape=v.shape, type=v.type) for v in model.graph.inputs]
-        graph = oir.Graph(inputs, [], nodes=[], opset_imports=dict(model.graph.opset_imports), name="onnxmerge")
+        graph = oir.Graph(
+            [] if self.inputs else inputs, [], nodes=[], opset_imports=dict(model.graph.opset_imports), name="onnxmerge"
+        )
         streams = _Streams(graph, stems, self.parts)
+        if self.inputs:
+            streams.add_inputs(inputs, [self.inputs[task] for task in stems])
         for copies in zip(*(stem.graph for stem in stems.values()), strict=True):
             streams.add(copies)
         ends = [streams.own(value.name or "") for value in model.graph.outputs]
@@ -122,6 +131,17 @@ class _Streams:
         self._parts = parts
         self._layers = {layer.node: layer for stem in stems.values() for layer in find_layers(stem)}
         self._held = {value.name or "": _Held(one=value) for value in graph.inputs}
+
+    def add_inputs(self, wide: Sequence[oir.Value], inputs: Sequence[Sequence[tuple[str, Padding]]]) -> None:
+        """Give each task inputs of its own for those of the stems."""
+        for number, value in enumerate(wide):
+            own = []
+            for task, named in enumerate(inputs):
+                name, padding = named[number]
+                source = own_input(value, f"{self._tasks[task]}/{name}", padding)
+                self._graph.inputs.append(source)
+                own.append(padded_input(self._graph, source, padding, self._own_name(task, f"{name}__padded")))
+            self._held[value.name or ""] = _Held(own=own)
 
     def add(self, copies: Sequence[oir.Node]) -> None:
         """Add one node of the stems, given as each task has it."""

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.sparsity import is_sparse
 from onnxmerge.calibration.trainer import calibrate
 from onnxmerge.data import Split
 from onnxmerge.errors import ModelError
@@ -147,3 +148,52 @@ def test_tasks_stacked_on_the_batch_axis_are_fed_together() -> None:
     merged = stacked()
     outcome, _ = train(merged, one_split=False, inputs={task: {f"{task}/x": "x"} for task in TASKS})
     assert outcome.losses[-1][1] < 0.5 * outcome.losses[0][1]
+
+
+# --- sparse weights ---------------------------------------------------------------------------------------------------
+
+
+def pruned(model: onnx_ir.Model, share: float, name: str) -> np.ndarray:
+    """Set the smallest entries of an initializer to zero; where it is zero then."""
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    array = np.array(value.const_value.numpy())
+    array[np.abs(array) <= np.quantile(np.abs(array), share)] = 0
+    value.const_value = onnx_ir.tensor(array, name=name)
+    return array == 0
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_pruned_connections_stay_absent(optimiser: str) -> None:
+    merged = merge()
+    absent = {name: pruned(merged, 0.7, name) for name in ("conv.weight", "a/w")}
+    few = pruned(merged, 0.2, "b/w")
+    rate = {"adamw": 1e-2, "sgd": 1e-3}[optimiser]
+    outcome, _ = train(merged, optimiser=optimiser, rate=rate)
+    assert outcome.best_step > 0 and min(loss for _, loss in outcome.losses) < 0.9 * outcome.losses[0][1]
+    for name, zeros in absent.items():
+        value = merged.graph.initializers[name].const_value
+        assert value is not None and zeros.mean() > 0.5
+        np.testing.assert_array_equal(value.numpy() == 0, zeros)
+    value = merged.graph.initializers["b/w"].const_value
+    assert value is not None and (value.numpy()[few] != 0).all()  # a few zeros are numbers like others
+
+
+@pytest.mark.parametrize(
+    ("weight", "sparse"),
+    [
+        (noise(8, 8, 3, 3) * (noise(8, 8, 3, 3, seed=1) > 0.5), True),
+        (noise(4, 300) * (noise(4, 300, seed=1) > 1.8), True),
+        (noise(8, 8, 3, 3) * (noise(8, 8, 3, 3, seed=1) > -1.5), False),
+        (np.zeros((8, 8)), False),  # the end of a residual block that was put in
+        (np.eye(8), False),
+        (np.eye(8, 12), False),
+        (np.eye(8)[:, :, None, None] * np.pad(np.ones((1, 1)), 1), False),  # a 3 x 3 convolution that is an identity
+        (np.ones((8, 1, 1, 1)) * np.pad(np.ones((1, 1)), 1), False),  # of each channel alone
+        (np.eye(8)[[0, 0, 1, 1, 2, 5]], False),  # a selection
+        (np.append(np.zeros(9), [1.0, 2.0]), False),  # a bias
+        (np.append(np.zeros(9), [1.0, 2.0]).reshape(1, 1, 11), False),
+    ],
+)
+def test_which_weights_are_sparse(weight: np.ndarray, sparse: bool) -> None:
+    assert is_sparse(torch.tensor(weight)) == sparse

@@ -43,7 +43,7 @@ def test_json_has_the_documented_keys_at_every_level() -> None:
             "steps",
             "seconds",
         }
-        more = {"macs", "ensemble", "start", "shared_layers", "total_layers", "branches", "losses"}
+        more = {"macs", "ensemble", "start", "shared_layers", "total_layers", "branches", "channels", "losses"}
         assert set(candidate) == contract | more
         assert set(candidate["latency_ms"]) == {"merged", "separate", "separate_default", "speedup"}
         assert set(candidate["memory_mb"]) == {"merged", "separate"}

@@ -39,19 +39,23 @@ def rows_shared(*rows: int, fan_in: int = 6) -> np.ndarray:
 
 
 @settings(max_examples=40)
-@given(st.lists(st.booleans(), min_size=7, max_size=7), st.integers(1, 3), st.integers(0, 9))
-def test_least_squares_is_the_minimum_of_what_it_says(shared, count, seed):
+@given(
+    st.lists(st.booleans(), min_size=7, max_size=7),
+    st.lists(st.floats(0.1, 9), min_size=1, max_size=3),
+    st.integers(0, 9),
+)
+def test_least_squares_is_the_minimum_of_what_it_says(shared, alphas, seed):
     """The joint problem of all tasks written out as one large least-squares problem."""
-    shared = np.array(shared)
+    shared, count = np.array(shared), len(alphas)
     tasks = [random_task(seed + 100 * number) for number in range(count)]
     priors = [weights + 0.3 for *_, weights in tasks]
-    found = share_least_squares([task[2] for task in tasks], priors, shared, ridge=1e-2)
+    found = share_least_squares([task[2] for task in tasks], priors, shared, alphas, ridge=1e-2)
     blocks, goals = [], []
     size = shared.sum() + count * (~shared).sum()
     grams = []
     for number, (x, z, statistics, _) in enumerate(tasks):
         ones = np.concatenate([x[0], np.ones((len(x[0]), 1))], axis=1)
-        factor = 1 / (statistics.rows * statistics.target_variance().mean())
+        factor = alphas[number] / (statistics.rows * statistics.target_variance().mean())
         block = np.zeros((len(ones), size))
         block[:, : shared.sum()] = ones[:, shared]
         start = shared.sum() + number * (~shared).sum()
@@ -66,7 +70,7 @@ def test_least_squares_is_the_minimum_of_what_it_says(shared, count, seed):
         return found
 
     ridges = [pull(sum(grams))[shared], *(pull(gram)[~shared] for gram in grams)]
-    towards = [np.mean(priors, axis=0)[0][shared], *(prior[0][~shared] for prior in priors)]
+    towards = [np.average(priors, axis=0, weights=alphas)[0][shared], *(prior[0][~shared] for prior in priors)]
     blocks.append(np.diag(np.sqrt(np.concatenate(ridges))))
     goals.append(np.sqrt(np.concatenate(ridges))[:, None] * np.concatenate(towards))
     wanted = np.linalg.lstsq(np.concatenate(blocks), np.concatenate(goals), rcond=None)[0]
@@ -76,20 +80,20 @@ def test_least_squares_is_the_minimum_of_what_it_says(shared, count, seed):
         np.testing.assert_allclose(own[0][~shared], wanted[start : start + (~shared).sum()], atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_mtz_is_equations_10_and_11(count):
+@pytest.mark.parametrize("alphas", [(1.0, 1.0), (0.8, 0.2), (1.0, 1.0, 4.0)])
+def test_mtz_is_equations_10_and_11(alphas):
     """With the bias shared the moments are plain; free, it takes the mean out of them. Private rows stay."""
-    tasks = [random_task(seed) for seed in range(count)]
+    tasks = [random_task(seed) for seed in range(len(alphas))]
     statistics, current = [task[2] for task in tasks], [task[3] for task in tasks]
     everything = np.ones(7, bool)
-    found = share_by_hessian(statistics, current, everything)
-    wanted = solve_hessian([own.gram / own.rows for own in statistics], current, [1.0] * count)
+    found = share_by_hessian(statistics, current, everything, alphas)
+    wanted = solve_hessian([own.gram / own.rows for own in statistics], current, alphas)
     for own in found:
         np.testing.assert_allclose(own, wanted, atol=1e-4)
     some = rows_shared(0, 2, 5)
-    found = share_by_hessian(statistics, current, some)
+    found = share_by_hessian(statistics, current, some, alphas)
     moments = [np.cov(task[0][0][:, [0, 2, 5]].T, bias=True)[None] for task in tasks]
-    wanted = solve_hessian(moments, [own[:, [0, 2, 5]] for own in current], [1.0] * count)
+    wanted = solve_hessian(moments, [own[:, [0, 2, 5]] for own in current], alphas)
     for (x, *_), own, before in zip(tasks, found, current, strict=True):
         np.testing.assert_allclose(own[:, [0, 2, 5]], wanted, atol=1e-4)
         np.testing.assert_array_equal(own[:, [1, 3, 4]], before[:, [1, 3, 4]])
@@ -105,7 +109,7 @@ def test_equal_networks_are_left_alone():
             Regression(own.rows, own.gram, own.gram @ weights, own.target_sum, own.target_square + own.rows)
             for own in (statistics, others)
         ]
-        for own in rule(exact, [weights, weights], rows_shared(0, 1, 2, 3, 4, 5)):
+        for own in rule(exact, [weights, weights], rows_shared(0, 1, 2, 3, 4, 5), [1.0, 1.0]):
             np.testing.assert_allclose(own, weights, atol=1e-6)
 
 
@@ -122,7 +126,7 @@ def test_of_two_masks_that_with_more_ones_is_kept():
         assert free[task][0][:, 0].tolist() == [True, True, False, True, True, True, True]
         assert free[task][0][:, 1].tolist() == [True, True, True, True, True, False, True]
     for rule in (share_least_squares, share_by_hessian):
-        found = rule([task[2] for task in tasks], current, shared)
+        found = rule([task[2] for task in tasks], current, shared, [1.0, 1.0])
         assert all(((own != 0) == mask).all() for own, mask in zip(found, free, strict=True))
         np.testing.assert_array_equal(found[0][0][:5], found[1][0][:5])
     # on the free entries it is the least change of what the networks' own weights make: free in it are w and two biases
@@ -161,9 +165,9 @@ def test_no_other_pairs_are_cheaper(size, count, seed):
 def test_differences_are_mtzs_of_what_is_shared():
     one, two = random_task(0), random_task(1)
     statistics, current = [one[2], two[2]], [one[3], two[3]]
-    (found,) = differences(statistics, current, rows_shared(0, 1, 3))
+    (found,) = differences(statistics, current, rows_shared(0, 1, 3), [0.7, 0.3])
     moments = [np.cov(task[0][0][:, [0, 1, 3]].T, bias=True) for task in (one, two)]
-    wanted = functional_difference(moments, *(own[0][[0, 1, 3]] for own in current))
+    wanted = functional_difference(moments, *(own[0][[0, 1, 3]] for own in current), [0.7, 0.3])
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
-    (nothing,) = differences(statistics, current, rows_shared(6))
+    (nothing,) = differences(statistics, current, rows_shared(6), [1.0, 1.0])
     assert (nothing == 0).all()

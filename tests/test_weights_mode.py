@@ -19,11 +19,14 @@ from onnxmerge.methods.alignment import Sharable, align, find_sharable
 from onnxmerge.methods.extract import extract_task
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
-from onnxmerge.methods.weights_mode import share_weights
+from onnxmerge.methods.weights_mode import Merged, share_weights
 from onnxmerge.methods.weights_plan import Share, find_extent, predicted_bytes
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Pairing, Rule
 from onnxmerge.passes.permute import Permute
+from onnxmerge.passes.refit import weights_and_bias
+from onnxmerge.passes.shared_weights import differences, energies
+from onnxmerge.runtime.statistics import Regression
 
 DEMO = Path(onnxmerge.__file__).parent / "demo"
 
@@ -93,7 +96,7 @@ def merge(tasks: Sequence[Task], share: Share | None = None, **given: object) ->
     aligned = {}
     if options.get("pairing") == Pairing.CORRELATION:
         aligned = {task.name: align(sharable, task, tasks, samples=300, seed=0, threads=1) for task in tasks[1:]}
-    merged = share_weights(sharable, aligned, tasks, share, WeightSharing(**options))  # type: ignore[arg-type]
+    merged = share_weights(sharable, aligned, tasks, share, WeightSharing(**options)).model  # type: ignore[arg-type]
     return merged, sharable, share
 
 
@@ -195,6 +198,23 @@ def test_the_neurons_that_are_alike_are_shared(rule, pairing, tmp_path):
     assert max(error(merged, task) for task in tasks) > 1e-2
 
 
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("build", [dense, residual])
+def test_a_task_that_counts_alone_keeps_its_weights(build, rule, tmp_path):
+    """MTZ's alpha near 1: what is shared is the first network's, and near 0 the second's."""
+    tasks = tasks_of([build(seed=seed).model() for seed in range(2)], tmp_path)
+    found = [
+        [error(merge(tasks, rule=rule, weights=weights)[0], task) for task in tasks]
+        for weights in ((1.0, 1e-7), (1.0, 1.0), (1e-7, 1.0))
+    ]
+    assert max(found[0][0], found[2][1]) < 1e-2
+    assert found[0][0] < found[1][0] < found[2][0] and found[2][1] < found[1][1] < found[0][1]
+    merged, sharable, share = merge(tasks, rule=rule, weights=(1.0, 1e-7))
+    for name in find_extent(sharable, share).parts:
+        ours = get_array(tasks[0].model.graph.initializers[name])
+        assert relative_error(ours, get_array(merged.graph.initializers[f"shared/{name}"])) < 1e-2
+
+
 def test_least_squares_repairs_what_the_published_rule_leaves(tmp_path):
     tasks = tasks_of([residual(seed=seed).model() for seed in range(2)], tmp_path)
     published = {"rule": Rule.MTZ, "pairing": Pairing.GREEDY}
@@ -276,9 +296,9 @@ def test_a_light_retraining_after_each_layer_goes_on_into_the_next(tmp_path):
         )
 
     sharing = WeightSharing(rule=Rule.MTZ, samples=300, threads=1)
-    retrained = share_weights(sharable, {}, tasks, counts, sharing, after=after)
+    retrained = share_weights(sharable, {}, tasks, counts, sharing, after=after).model
     assert seen == list(find_extent(sharable, counts).parts)
-    without = share_weights(sharable, {}, tasks, counts, sharing)
+    without = share_weights(sharable, {}, tasks, counts, sharing).model
     errors = [sum(error(merged, task) for task in tasks) for merged in (retrained, without)]
     assert errors[0] < errors[1]
     assert parameter_count(retrained) == parameter_count(without)
@@ -297,7 +317,7 @@ def test_what_is_retrained_is_what_later_layers_see(tmp_path):
                     set_array(value, np.zeros_like(get_array(value)))
 
     sharing = WeightSharing(rule=Rule.MTZ, pairing=Pairing.CORRELATION, samples=300, threads=1)
-    merged = share_weights(sharable, {}, tasks, 3, sharing, after=after)
+    merged = share_weights(sharable, {}, tasks, 3, sharing, after=after).model
     mean = np.mean([get_array(find_layers(task.model)[2].weight) for task in tasks], axis=0)
     np.testing.assert_allclose(get_array(merged.graph.initializers[f"shared/{names[2]}"]), mean, atol=1e-5)
 
@@ -353,3 +373,75 @@ def test_units_behind_the_last_shared_one_share_nothing(tmp_path):
     assert len(sharable.spaces) == 1
     for k in range(len(sharable.cuts) + 1):
         assert list(find_extent(sharable, k).parts) == names[:k]
+
+
+# --- a threshold on the functional difference -------------------------------------------------------------------------
+
+
+def shared_up_to(tasks: Sequence[Task], difference: float, **given: object) -> Merged:
+    sharable = find_sharable(tasks)
+    sharing = WeightSharing(samples=300, threads=1, max_difference=difference, **given)  # type: ignore[arg-type]
+    return share_weights(sharable, {}, tasks, len(sharable.cuts), sharing)
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("build", BUILDS)
+def test_more_is_shared_the_more_neurons_may_differ(build, rule, tmp_path):
+    tasks = tasks_of([build(seed=seed).model() for seed in range(3)], tmp_path)
+    made = [shared_up_to(tasks, difference, rule=rule) for difference in (0, 0.1, 0.2, 1e9)]
+    counts = [sum(merged.counts.values()) for merged in made]
+    assert counts[0] == 0 < counts[2] < counts[3] and counts == sorted(counts)
+    assert made[-1].counts == {space.name: space.size for space in find_sharable(tasks).spaces}
+    sizes = [parameter_count(merged.model) for merged in made]
+    assert sizes[-1] < sizes[0]
+    errors = [sum(error(merged.model, task) for task in tasks) for merged in made]
+    assert errors[0] < 1e-3 and errors[2] > 1e-2
+
+
+@pytest.mark.parametrize("pairing", list(Pairing))
+def test_exactly_the_neurons_that_are_alike_are_shared(pairing, tmp_path):
+    """The second network has five of the first one's twelve neurons."""
+    models = [dense(seed=seed).model() for seed in range(2)]
+    ours, theirs = (find_layers(model)[0] for model in models)
+    array = np.array(get_array(theirs.weight))
+    places = slice(0, 5) if pairing == Pairing.CORRELATION else slice(4, None, -1)  # nobody aligned them here
+    array[:5] = get_array(ours.weight)[places]
+    set_array(theirs.weight, array)
+    tasks = tasks_of(models, tmp_path)
+    first = find_sharable(tasks).spaces[0].name
+    assert shared_up_to(tasks, 1e-3, pairing=pairing).counts[first] == 5
+
+
+def test_a_difference_has_no_units(tmp_path):
+    """Outputs of a hundredth, and tasks that count twice, change nothing of what is shared."""
+    models = [residual(seed=seed).model() for seed in range(2)]
+    tasks = tasks_of(models, tmp_path / "plain")
+    plain = shared_up_to(tasks, 0.1, rule=Rule.MTZ).counts
+    assert 0 < sum(plain.values()) < sum(space.size for space in find_sharable(tasks).spaces)
+    assert shared_up_to(tasks, 0.1, rule=Rule.MTZ, weights=(2.0, 2.0)).counts == plain
+    for task in tasks:
+        first = find_layers(task.model)[0]
+        for value in (first.weight, first.bias):
+            set_array(value, get_array(value) / 100)
+    found = shared_up_to(tasks, 0.1, rule=Rule.MTZ).counts
+    name = next(iter(plain))
+    assert found[name] == plain[name]
+
+
+def test_neurons_differ_by_no_more_than_their_energies(tmp_path):
+    """Sharing two neurons costs no more than removing both."""
+    tasks = tasks_of([dense(seed=seed).model() for seed in range(2)], tmp_path)
+    statistics, current = [], []
+    for task in tasks:
+        layer, own = find_layers(task.model)[0], Regression()
+        x = samples_of(task, 200)
+        own.update(x[None], (x @ get_array(layer.weight).T + get_array(layer.bias)))
+        statistics.append(own)
+        current.append(weights_and_bias(layer))
+    (cost,) = differences(statistics, current, np.ones(7, bool), [1.0, 3.0])
+    ours, theirs = energies(statistics, current, [1.0, 3.0])
+    assert (cost <= theirs[:, None] + ours + 1e-6).all()
+    for one, task, weight in zip((ours, theirs), tasks, (1.0, 3.0), strict=True):
+        layer = find_layers(task.model)[0]
+        z = samples_of(task, 200) @ get_array(layer.weight).T
+        np.testing.assert_allclose(one, weight / 2 * z.var(0), rtol=1e-3)

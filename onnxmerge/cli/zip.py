@@ -74,6 +74,16 @@ def zip(
     pairing: Annotated[
         Pairing, typer.Option("--pairing", help="How neurons are paired, in weights mode.")
     ] = Pairing.ASSIGNMENT,
+    max_difference: Annotated[
+        float | None,
+        typer.Option(
+            "--max-difference",
+            min=0.0,
+            help="Share neurons only where their functional difference is at most this part of their layer's energy, "
+            "in weights mode.",
+            show_default=False,
+        ),
+    ] = None,
     retrain: Annotated[
         int, typer.Option("--retrain", min=0, help="Steps after each shared layer, in weights mode.")
     ] = 0,
@@ -108,8 +118,10 @@ def zip(
     from onnxmerge.methods.zip_settings import ZipSettings
 
     names = task_names(models)
+    if max_difference is not None and mode is not Mode.WEIGHTS:
+        raise UsageError("--max-difference is for --mode weights")
     if dry_run:
-        _print_plan(plan_zip(models, share, width, sharing, mode), share, as_json)
+        _print_plan(plan_zip(models, share, width, sharing, mode), share, max_difference, as_json)
         return
     if output is None:
         raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
@@ -125,6 +137,7 @@ def zip(
         mode=mode,
         rule=rule,
         pairing=pairing,
+        max_difference=max_difference,
         retrain=retrain,
         starts=tuple(start) or ZipSettings.starts,
         weights=options.weight_list(weights),
@@ -149,7 +162,7 @@ def zip(
         raise GateFailed(f"{result.notes[-1]} See {output / 'report.html'}")
 
 
-def _print_plan(plan: object, share: str, as_json: bool) -> None:
+def _print_plan(plan: object, share: str, max_difference: float | None, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -172,6 +185,11 @@ def _print_plan(plan: object, share: str, as_json: bool) -> None:
     if share == TREE:
         console.print(
             "Trees are planned when these candidates are measured: groups of tasks that keep --max-drop deeper."
+        )
+    if max_difference is not None:
+        console.print(
+            f"With --max-difference {max_difference:g} how many neurons are shared is decided while walking: each "
+            "candidate shares at most what stands here, so its parameters and MB are lower bounds."
         )
 
 

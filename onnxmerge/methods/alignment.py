@@ -49,6 +49,8 @@ class Sharable:
         spaces: channel spaces of the deepest stem, in the reference network.
         partners: for each other task, which of its values and constants stand for the reference's.
         limit: why no deeper stem is possible.
+        stem: the deepest.
+        fictive: whether some network has fictive neurons here (see `onnxmerge.methods.fictive`).
     """
 
     reference: Network
@@ -57,6 +59,7 @@ class Sharable:
     partners: dict[str, Correspondence]
     limit: str
     stem: oir.Model | None = None
+    fictive: bool = False
 
     def up_to(self, cut: Cut) -> oir.Model:
         """The reference's network up to `cut`."""

@@ -9,7 +9,7 @@ from onnxmerge.calibration.settings import Settings
 from onnxmerge.calibration.trainer import calibrate
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.progress import Progress
-from onnxmerge.methods.task import Task
+from onnxmerge.methods.task import Task, merged_inputs
 
 
 def calibrate_merged(
@@ -44,7 +44,7 @@ def calibrate_merged(
         merged,
         {task.name: task.model for task in tasks},
         {task.name: dict(zip(outputs[task.name], task.outputs, strict=True)) for task in tasks},
-        {task.name: dict(zip(names, task.inputs, strict=True)) for task in tasks},
+        {task.name: dict(zip(merged_inputs(task, names), task.inputs, strict=True)) for task in tasks},
         feature_taps(merged, tasks),
         {task.name: task.data.calibration for task in tasks},
         {task.name: task.data.held_out for task in tasks},

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.methods.scoring import Tally, compare
-from onnxmerge.methods.task import Feeds, Task, task_outputs
+from onnxmerge.methods.task import Task, merged_inputs, task_outputs
 from onnxmerge.report.schema import LatencyRecord, MemoryRecord, TaskScore
 from onnxmerge.runtime.activations import BATCH, Stored, store
 from onnxmerge.runtime.latency import latency
@@ -52,12 +52,11 @@ class Judge:
 
     def tally(self, merged: oir.Model, atol: float | None = None, rtol: float | None = None) -> dict[str, Tally]:
         """The sums behind the scores; with a tolerance, also how many values exceed it."""
-        names = [value.name or "" for value in merged.graph.inputs]
         return {
             task.name: compare(
                 merged,
                 self._names[task.name],
-                Feeds(self._splits[task.name], dict(zip(task.inputs, names, strict=True))),
+                task.merged_feeds(self._splits[task.name], merged),
                 self._outputs(task).batches(BATCH),
                 task.outputs,
                 self._splits[task.name],
@@ -94,8 +93,11 @@ class Bench:
         self._separate_memory: float | None = None
         first = [next(task.data.held_out.batches(1)).inputs for task in tasks]
         self.separate_feeds: list[dict[str, np.ndarray]] = first
-        own = dict(zip(inputs, tasks[0].inputs, strict=True))
-        self.feeds = {name: first[0][theirs] for name, theirs in own.items()}
+        self.feeds = {
+            name: sample[theirs]
+            for task, sample in reversed(list(zip(tasks, first, strict=True)))  # what all read is the first task's
+            for name, theirs in zip(merged_inputs(task, inputs), task.inputs, strict=True)
+        }
 
     def latency(self, path: Path) -> tuple[LatencyRecord, bool]:
         """Medians for one sample, and whether they are reliable (see `onnxmerge.runtime.latency`)."""

@@ -1,20 +1,27 @@
 """The plan of a zip: what will be shared, before any weight is touched. It can be printed, edited and replayed."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxmerge.errors import ModelError, UsageError
+from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.methods.alignment import Sharable, stem_spaces
+from onnxmerge.methods.fictive import sized_for
 from onnxmerge.methods.structure import Size, Structure, Widths, size_of
 from onnxmerge.methods.subspaces import Kind, kind_of
 from onnxmerge.methods.task import Network
 from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.weights_plan import predicted_bytes
 from onnxmerge.methods.zip_choices import TREE, Mode
+from onnxmerge.report.schema import Result
+
+_LITTLE = 0.25
+"""Up to which share of what they save adapters are kept where tasks could do without."""
 
 
 class _Part(BaseModel):
@@ -129,18 +136,32 @@ def make_plan(
     plan.candidates = _replayed(Path(share), plan, forest, matched) if Path(share).suffix == ".json" else []
     for k in [] if plan.candidates else _numbers(share, plan):
         for width, shared in itertools.product(widths, sharing) if k else [(1.0, 1.0)]:
-            plan.candidates.append(_candidate(sharable, k, width, shared, matched))
+            plan.candidates.append(_candidate(sharable, plan, k, width, shared, matched))
     for candidate in plan.candidates:
         if mode is Mode.WEIGHTS:
             candidate.private = {}  # what is not shared is a task's own
-            size = predicted_bytes(tasks, sharable, candidate.channels or candidate.units)
-            saved = plan.originals.bytes - size
-            candidate.predicted = plan.originals.model_copy(
-                update={"bytes": size, "parameters": plan.originals.parameters - saved // 4}
-            )
+            candidate.predicted = _weights_size(tasks, sharable, candidate, plan.originals)
         else:
             candidate.predicted = predicted_size(tasks, sharable, forest, candidate)
     return plan
+
+
+def as_made(plan: Plan, result: Result, tasks: Sequence[Network], sharable: Sharable) -> Plan:
+    """The plan with the numbers of shared neurons that were decided while its candidates were made; it replays them."""
+    made = {candidate.name: candidate.channels for candidate in result.candidates}
+    candidates = []
+    for planned in plan.candidates:
+        if made.get(planned.name):
+            planned = planned.model_copy(update={"channels": made[planned.name]})
+            planned.predicted = _weights_size(tasks, sharable, planned, plan.originals)
+        candidates.append(planned)
+    return plan.model_copy(update={"candidates": candidates})
+
+
+def _weights_size(tasks: Sequence[Network], sharable: Sharable, candidate: PlannedCandidate, originals: Size) -> Size:
+    size = predicted_bytes(*sized_for(tasks, sharable, candidate.units), candidate.channels or candidate.units)
+    saved = originals.bytes - size
+    return originals.model_copy(update={"bytes": size, "parameters": originals.parameters - saved // 4})
 
 
 def _matched(sharable: Sharable) -> frozenset[str]:
@@ -149,10 +170,25 @@ def _matched(sharable: Sharable) -> frozenset[str]:
     return frozenset(own.name for own in sharable.spaces if stem is not None and kind_of(stem, own) is Kind.MATCH)
 
 
-def _candidate(sharable: Sharable, k: int, width: float, share: float, matched: frozenset[str]) -> PlannedCandidate:
+def adapters_pay(sharable: Sharable, plan: Plan, k: int) -> bool:
+    """Whether adapters behind the first k units cost little of what it saves to share the last of these."""
+    if k == 0:
+        return False
+    cut, unit, count = sharable.cuts[k - 1], plan.units[k - 1], len(plan.tasks)
+    sizes = dims(sharable.up_to(cut).graph.outputs[0])[1:]
+    adapter, saved = cut.size**2, unit.parameters
+    if unit.macs is not None and None not in sizes:
+        adapter, saved = cut.size * math.prod(size or 0 for size in sizes), unit.macs
+    return count * adapter <= _LITTLE * (count - 1) * saved
+
+
+def _candidate(
+    sharable: Sharable, plan: Plan, k: int, width: float, share: float, matched: frozenset[str]
+) -> PlannedCandidate:
+    adapters = adapters_pay(sharable, plan, k)
     name = f"k{k:02d}" + ("" if width == 1 else f"-w{width:g}") + ("" if share == 1 else f"-s{share:g}")
     if width == share == 1:
-        return PlannedCandidate(name=name, units=k)
+        return PlannedCandidate(name=name, units=k, adapters=adapters)
     channels, private = {}, {}
     for space in stem_spaces(sharable.up_to(sharable.cuts[k - 1])):
         if space.name in matched:
@@ -161,7 +197,7 @@ def _candidate(sharable: Sharable, k: int, width: float, share: float, matched: 
         channels[space.name] = max(1, round(share * total))
         private[space.name] = total - channels[space.name]
     private = {own: count for own, count in private.items() if count}
-    return PlannedCandidate(name=name, units=k, channels=channels, private=private)
+    return PlannedCandidate(name=name, units=k, channels=channels, private=private, adapters=adapters)
 
 
 def predicted_size(tasks: Sequence[Network], sharable: Sharable, forest: Forest, candidate: PlannedCandidate) -> Size:
@@ -223,16 +259,19 @@ def _check(candidate: PlannedCandidate, plan: Plan, matched: frozenset[str], nam
         raise UsageError(f"{path}: {name!r} cannot name a candidate's file, or names two")
     if not 0 <= candidate.units <= deepest:
         raise UsageError(f"{path}: {name} shares {candidate.units} units, but there are {deepest}: {plan.limit}")
-    for counts, most in ((candidate.channels, len(plan.tasks)), (candidate.private, 1)):
+    for counts, least, most in (
+        (candidate.channels, 0 if plan.mode == Mode.WEIGHTS else 1, len(plan.tasks)),
+        (candidate.private, 1, 1),
+    ):
         for space, channels in counts.items():
             if space not in plan.spaces:
                 raise UsageError(f"{path}: {name} names the channel space {space!r}, which these networks have not")
             if space in matched:
                 raise UsageError(f"{path}: {name}: all channels of {space!r} are shared, since they are read together")
             size, what = plan.spaces[space] * most, "shared" if counts is candidate.channels else "private"
-            if not 1 <= channels <= size:
+            if not least <= channels <= size:
                 raise UsageError(
-                    f"{path}: {name} has {channels} {what} channels of {space!r}, but from 1 to {size} fit"
+                    f"{path}: {name} has {channels} {what} channels of {space!r}, but from {least} to {size} fit"
                 )
 
 

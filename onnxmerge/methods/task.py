@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,30 @@ from onnxmerge.ir.opset import raise_opset
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.passes.ensure_biases import EnsureBiases
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
+from onnxmerge.passes.pad_inputs import Padding
 from onnxmerge.passes.transpose_gemms import TransposeGemms
 from onnxmerge.report.provenance import sha256
 from onnxmerge.report.schema import InputRecord
 
 
 class Feeds:
-    """A split's inputs as feeds for a model that calls them by other names; labels are left out."""
+    """A split's inputs as feeds for a model that calls them by other names; labels are left out.
 
-    def __init__(self, split: Split, names: Mapping[str, str]):
-        self._split, self._names = split, names
+    Args:
+        split: the samples.
+        names: of its inputs, each with what the model calls it.
+        paddings: what is added to some of its inputs.
+        blanks: inputs of the model that other tasks feed, with the shapes of one entry: they get zeros.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        names: Mapping[str, str],
+        paddings: Mapping[str, Padding] | None = None,
+        blanks: Mapping[str, Sequence[int]] | None = None,
+    ):
+        self._split, self._names, self._paddings, self._blanks = split, names, paddings or {}, blanks or {}
 
     def __len__(self) -> int:
         return len(self._split)
@@ -34,7 +48,12 @@ class Feeds:
     def batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
         """See `onnxmerge.runtime.activations.Samples`."""
         for batch in self._split.batches(size):
-            yield {new: batch.inputs[old] for old, new in self._names.items()}
+            fed = {new: self._padded(old, batch.inputs[old]) for old, new in self._names.items()}
+            first = next(iter(fed.values()))
+            yield fed | {name: np.zeros((len(first), *rest), first.dtype) for name, rest in self._blanks.items()}
+
+    def _padded(self, name: str, array: np.ndarray) -> np.ndarray:
+        return self._paddings[name].pad(array) if name in self._paddings else array
 
 
 @dataclass
@@ -46,12 +65,14 @@ class Network:
         path: the file.
         model: its normal form with batch norms folded.
         parameters: floating-point numbers in the file's normal form, before folding.
+        paddings: by the inputs of the model the zeros that the network's own samples lack.
     """
 
     name: str
     path: Path
     model: oir.Model
     parameters: int
+    paddings: Mapping[str, Padding] = field(default_factory=dict, kw_only=True)
 
     @property
     def inputs(self) -> list[str]:
@@ -82,7 +103,28 @@ class Task(Network):
 
     def feeds(self, split: Split, reader: Network) -> Feeds:
         """This task's samples under the input names of `reader`; inputs pair in order."""
-        return Feeds(split, dict(zip(self.inputs, reader.inputs, strict=True)))
+        return Feeds(split, dict(zip(self.inputs, reader.inputs, strict=True)), self.paddings)
+
+    def merged_feeds(self, split: Split, merged: oir.Model) -> Feeds:
+        """This task's samples for a merged model; inputs that only other tasks read get zeros."""
+        names = merged_inputs(self, [value.name or "" for value in merged.graph.inputs])
+        others = [value for value in merged.graph.inputs if value.name not in names]
+        return Feeds(
+            split,
+            dict(zip(self.inputs, names, strict=True)),
+            blanks={value.name or "": [size or 1 for size in dims(value)[1:]] for value in others},
+        )
+
+
+def merged_inputs(task: Network, names: Sequence[str]) -> list[str]:
+    """What a merged model calls the inputs of a task: `TASK/input` where tasks have inputs of their own.
+
+    Args:
+        task: one of the originals.
+        names: of all inputs of the merged model.
+    """
+    own = [f"{task.name}/{name}" for name in task.inputs]
+    return own if set(own) <= set(names) else list(names)
 
 
 def task_outputs(tasks: Sequence[Network]) -> dict[str, list[str]]:
@@ -109,8 +151,10 @@ def task_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     return names
 
 
-def load_networks(paths: Sequence[str | os.PathLike[str]]) -> list[Network]:
+def load_networks(paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool = True) -> list[Network]:
     """Load the networks, bring them to one opset, fold their batch norms, and check that they can share their inputs.
+
+    Without `same_inputs` these may have different sizes.
 
     Raises:
         UsageError: fewer than two networks, or their inputs differ.
@@ -125,7 +169,7 @@ def load_networks(paths: Sequence[str | os.PathLike[str]]) -> list[Network]:
     for model in models:
         raise_opset(model, opset)
     for path, model in zip(paths[1:], models[1:], strict=True):
-        _check_inputs(paths[0], models[0], path, model)
+        _check_inputs(paths[0], models[0], path, model, same_inputs)
     networks = []
     for name, path, model in zip(names, paths, models, strict=True):
         count = parameter_count(model)
@@ -168,10 +212,16 @@ def input_specs(model: oir.Model) -> list[InputSpec]:
 
 
 def _check_inputs(
-    first_path: str | os.PathLike[str], first: oir.Model, path: str | os.PathLike[str], other: oir.Model
+    first_path: str | os.PathLike[str],
+    first: oir.Model,
+    path: str | os.PathLike[str],
+    other: oir.Model,
+    same_sizes: bool,
 ) -> None:
     ours, theirs = input_specs(first), input_specs(other)
     if [(s.shape, s.dtype) for s in ours] == [(s.shape, s.dtype) for s in theirs]:
+        return
+    if not same_sizes and [(len(s.shape), s.dtype) for s in ours] == [(len(s.shape), s.dtype) for s in theirs]:
         return
     raise UsageError(
         f"{path}: its inputs are {_described(theirs)}, but those of {first_path} are {_described(ours)}; "

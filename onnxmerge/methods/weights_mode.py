@@ -4,12 +4,15 @@ Layer after layer the neurons of all networks are paired, the shared part of the
 the networks as merged so far, each task's on its own data, and the merged graph holds that part once (`StackTasks`).
 This saves memory, not time. Biases and depthwise convolutions stay the tasks' own, as do norms.
 
+A merge goes on from an earlier one that shares fewer units (`weights_begun`), as it was calibrated.
+
 Sources: Multi-Task Zipping (He, Zhou and Thiele 2018, algorithm 1), with all networks at once instead of one after the
-other; Zippering MobileNets (Chou et al. 2019) for depthwise convolutions.
+other; Zippering MobileNets (Chou et al. 2019) for depthwise convolutions and for going on from what was calibrated.
 """
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +21,36 @@ import onnx_ir as oir
 from onnxmerge.ir.compose import rename_value
 from onnxmerge.ir.layers import Layer
 from onnxmerge.ir.weights import add_initializer, get_array, set_array
-from onnxmerge.methods.alignment import Aligned, Sharable
+from onnxmerge.methods.alignment import Aligned, Cut, Sharable
+from onnxmerge.methods.fictive import with_own_inputs
 from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.tails import ARRIVING, own_tail, refit_tail
 from onnxmerge.methods.task import Task
-from onnxmerge.methods.weights_plan import Extent, Share, find_extent, is_whole
+from onnxmerge.methods.weights_begun import ORDER, Begun, SoFar, orders_of, read_tasks
+from onnxmerge.methods.weights_plan import Counts, Extent, Share, find_extent, is_whole, with_counts
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.weights_walk import Stream, Walk
 from onnxmerge.methods.zip_choices import Rule
+from onnxmerge.passes.align import Alignment
 from onnxmerge.passes.attach_tails import unshared
 from onnxmerge.passes.average import Partner, aligned_array
+from onnxmerge.passes.pad_inputs import Padding
 from onnxmerge.passes.shared_weights import share_least_squares
 from onnxmerge.passes.stack_tasks import StackTasks, read_streams
+from onnxmerge.passes.weight_parts import Part
 from onnxmerge.runtime.statistics import Regression
 
 After = Callable[[oir.Model, str], None]
 """(merged model, the layer that was shared last): may train the model in place."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What came out: the model, and how many neurons of each space it shares."""
+
+    model: oir.Model
+    counts: Counts
 
 
 def share_weights(
@@ -44,9 +60,10 @@ def share_weights(
     share: Share,
     sharing: WeightSharing | None = None,
     *,
+    begun: Begun | None = None,
     after: After | None = None,
     progress: Progress | None = None,
-) -> oir.Model:
+) -> Merged:
     """Merge networks into one that holds what they share once.
 
     Args:
@@ -56,12 +73,13 @@ def share_weights(
         tasks: the originals with their samples, the first of `sharable` first.
         share: the number k of units that are shared wholly, or how many neurons of each space are.
         sharing: see `WeightSharing`.
+        begun: go on from this merged model; `share` is a number of units then.
         after: called after each shared layer, for a light retraining. What it trains goes on into the layers behind,
             and tails are then left to it; without it least squares refits them.
         progress: told of each layer.
 
     Returns:
-        The merged model with the first task's inputs and the outputs `TASK/output`.
+        The merged model with the first task's inputs and the outputs `TASK/output`, and what it shares.
 
     Raises:
         UsageError: the plan does not fit the networks.
@@ -70,9 +88,9 @@ def share_weights(
     sharing = sharing or WeightSharing()
     extent = find_extent(sharable, share, depthwise=sharing.depthwise)
     if extent.cut is None:
-        return unshared({task.name: task.model for task in tasks})
+        return Merged(unshared({task.name: with_own_inputs(task).model for task in tasks}), extent.counts)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
-        merging = _Merging(sharable, aligned, tasks, extent, sharing, Path(folder))
+        merging = _Merging(sharable, aligned, tasks, extent, sharing, begun, Path(folder))
         return merging.run(after, progress or Silent())
 
 
@@ -86,49 +104,70 @@ class _Merging:
         tasks: Sequence[Task],
         extent: Extent,
         sharing: WeightSharing,
+        begun: Begun | None,
         folder: Path,
     ):
         assert extent.cut is not None
-        self.tasks, self.extent, self.cut, self.sharing, self.folder = tasks, extent, extent.cut, sharing, folder
-        self.streams = {task.name: _stream(sharable, aligned, task, extent, sharing) for task in tasks}
-        self.tails = {task.name: own_tail(task, extent.cut).clone() for task in tasks}
+        self.tasks, self.cut, self.sharing, self.folder = tasks, extent.cut, sharing, folder
+        start: Cut | None = None
+        found: dict[str, SoFar] = {}
+        if begun is not None:
+            start, found = read_tasks(begun, extent.cut.unit.cut, depthwise=sharing.depthwise)
+            extent = with_counts(extent, begun.counts, depthwise=sharing.depthwise)
+        self.streams = {
+            task.name: _stream(sharable, aligned, task, extent, sharing, start, found.get(task.name)) for task in tasks
+        }
+        self.walk = Walk(self.streams, extent, sharing, folder, start)
+        now = [found[task.name].task if found else task for task in tasks]
+        self.tails = {task.name: own_tail(task, self.cut).clone() for task in now}
 
-    def run(self, after: After | None, progress: Progress) -> oir.Model:
+    def run(self, after: After | None, progress: Progress) -> Merged:
         """Walk the stem; `after` may train in between."""
-        walk = Walk(self.streams, self.extent, self.sharing, self.folder)
-        for layer in walk.layers():
+        for layer in self.walk.layers():
             progress.advance(layer)
-            if after is not None and layer in self.extent.parts:
-                self._retrain(after, layer, walk)
+            if after is not None and layer in self.walk.extent.parts:
+                self._retrain(after, layer)
         if after is None and self.sharing.rule == Rule.LEAST_SQUARES:
             for task in self.tasks:
                 self._refit_tail(task, progress)
-        return self._merged(self.extent.parts)
+        return Merged(self._merged(), self.walk.extent.counts)
 
-    def _merged(self, done: Mapping[str, object]) -> oir.Model:
-        """The model in which the layers `done` are shared."""
-        parts = {name: part for name, part in self.extent.parts.items() if name in done and not is_whole(part)}
+    def _partly(self) -> dict[str, Part]:
+        """The weights of which only a part is shared so far."""
+        shared = self.walk.extent.parts
+        return {name: shared[name] for name in self.walk.done if name in shared and not is_whole(shared[name])}
+
+    def _merged(self) -> oir.Model:
+        """The model in which the layers visited so far are shared."""
         (first, stream), *others = self.streams.items()
         tails = {task.name: self._ordered_tail(task) for task in self.tasks}
-        stacked = StackTasks(first, {name: other.student for name, other in others}, tails, parts)
+        stacked = StackTasks(
+            first, {name: other.student for name, other in others}, tails, self._partly(), self._own_inputs()
+        )
         return stacked(stream.student).model
 
-    def _retrain(self, after: After, layer: str, walk: Walk) -> None:
-        done = {name: self.extent.parts[name] for name in walk.done if name in self.extent.parts}
-        merged = self._merged(done)
+    def _own_inputs(self) -> dict[str, list[tuple[str, Padding]]] | None:
+        """The tasks' own inputs, where they differ in some."""
+        if not any(task.paddings for task in self.tasks):
+            return None
+        return {task.name: [(n, task.paddings.get(n, Padding(0, 0))) for n in task.inputs] for task in self.tasks}
+
+    def _retrain(self, after: After, layer: str) -> None:
+        merged = self._merged()
         after(merged, layer)
-        partly = {name: part for name, part in done.items() if not is_whole(part)}
-        read_streams(merged, {name: stream.student for name, stream in self.streams.items()}, partly)
+        read_streams(merged, {name: stream.student for name, stream in self.streams.items()}, self._partly())
         for task, tail in self.tails.items():
             for name, value in tail.graph.initializers.items():
                 set_array(value, get_array(merged.graph.initializers[f"{task}/{name}"]))
-        walk.catch_up()
+        self.walk.catch_up()
 
     def _ordered_tail(self, task: Task) -> oir.Model:
         """The task's tail, which reads the stem's channels in the order that they have there."""
         theirs = self.cut.names[task.name]
         tail = self.tails[task.name].clone()
-        order = self.streams[task.name].order_at(self.cut.unit.cut, self.cut.axis, self.cut.size, self.extent.spaces)
+        order = self.streams[task.name].order_at(
+            self.cut.unit.cut, self.cut.axis, self.cut.size, self.walk.extent.spaces
+        )
         rename_value(tail, theirs, ARRIVING)
         if (order != np.arange(self.cut.size)).any():
             _insert_gather(tail, np.argsort(order), self.cut.axis, theirs)
@@ -145,32 +184,52 @@ class _Merging:
     def _alone(self, _: Layer, statistics: Sequence[Regression], current: np.ndarray) -> np.ndarray:
         """A layer that no other task shares."""
         nothing = np.zeros(current.shape[1], bool)
-        return share_least_squares(statistics, [current], nothing, self.sharing.ridge)[0]
+        return share_least_squares(statistics, [current], nothing, [1.0], self.sharing.ridge)[0]
 
 
 def _stream(
-    sharable: Sharable, aligned: Mapping[str, Aligned], task: Task, extent: Extent, sharing: WeightSharing
+    sharable: Sharable,
+    aligned: Mapping[str, Aligned],
+    task: Task,
+    extent: Extent,
+    sharing: WeightSharing,
+    start: Cut | None,
+    so_far: SoFar | None,
 ) -> Stream:
-    """The task's network up to the cut, with the reference's graph and names and in its channel order."""
+    """The task's network up to the cut, with the reference's graph and names and in the merged channel order."""
     assert extent.stem is not None
-    stem = extent.stem.clone()
-    alignment = {space.name: np.arange(space.size) for space in extent.spaces}
-    if task is not sharable.reference:
-        alignment |= aligned[task.name].alignment if task.name in aligned else {}
-        partner = Partner(task.model, sharable.partners[task.name].constants, alignment)
-        for name, value in stem.graph.initializers.items():
-            set_array(value, aligned_array(name, partner, extent.spaces))
+    orders = {space.name: np.arange(space.size) for space in extent.spaces}
+    orders |= aligned[task.name].alignment if task.name in aligned else {}
+    if start is not None and so_far is not None:
+        orders |= orders_of(extent.spaces, start, so_far.order)
+    teacher = _in_order(sharable, extent, task, orders)
+    student = teacher.clone() if so_far is None else _in_order(sharable, extent, so_far.task, orders)
+    if so_far is not None:
+        for name, value in so_far.stem.graph.initializers.items():
+            if name in student.graph.initializers:  # sizes may be held under other names where spaces are wider
+                set_array(student.graph.initializers[name], get_array(value))
     split = task.data.calibration.take(sharing.samples, sharing.seed)
     feeds = task.feeds(split, sharable.reference)
-    orders = {space.name: alignment[space.name] for space in extent.spaces}
-    return Stream(stem, stem.clone(), feeds, task.feeds(split, task), len(split), orders)
+    return Stream(student, teacher, feeds, task.feeds(split, task), len(split), orders)
+
+
+def _in_order(sharable: Sharable, extent: Extent, task: Task, orders: Alignment) -> oir.Model:
+    """The stem with a task's arrays, its channels in these orders."""
+    assert extent.stem is not None
+    stem = extent.stem.clone()
+    reference = task.name == sharable.reference.name
+    same = {name: name for name in stem.graph.initializers}
+    partner = Partner(task.model, same if reference else sharable.partners[task.name].constants, orders)
+    for name, value in stem.graph.initializers.items():
+        set_array(value, aligned_array(name, partner, extent.spaces))
+    return stem
 
 
 def _insert_gather(tail: oir.Model, order: np.ndarray, axis: int, name: str) -> None:
     """Let the tail read the channels of its input in this order, as the value `name`."""
     (source,) = tail.graph.inputs
     readers = list(source.uses())
-    index = add_initializer(tail.graph, f"{name}__order", order.astype(np.int64))
+    index = add_initializer(tail.graph, f"{name}{ORDER}", order.astype(np.int64))
     gather = oir.node("Gather", [source, index], {"axis": axis}, name=f"{name}__gather")
     ordered = gather.outputs[0]
     ordered.name, ordered.shape, ordered.type = name, source.shape, source.type

@@ -68,6 +68,13 @@ def find_extent(sharable: Sharable, share: Share, *, depthwise: bool = False) ->
     return Extent(None, None, [], counts, {})
 
 
+def with_counts(extent: Extent, counts: Counts, *, depthwise: bool = False) -> Extent:
+    """The same stem with other numbers of shared neurons in some spaces."""
+    assert extent.stem is not None
+    counts = {**extent.counts, **counts}
+    return replace(extent, counts=counts, parts=_parts(extent.stem, extent.spaces, counts, depthwise))
+
+
 def _count_units(sharable: Sharable, k: int) -> Counts:
     """Every neuron that the first k units make."""
     stem = None if k == 0 else sharable.up_to(sharable.cuts[k - 1])

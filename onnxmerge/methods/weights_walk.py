@@ -18,7 +18,8 @@ from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.spaces import Slots, Space
 from onnxmerge.ir.units import find_units
-from onnxmerge.methods.weights_plan import Extent, shared_rows
+from onnxmerge.methods.alignment import Cut
+from onnxmerge.methods.weights_plan import Counts, Extent, shared_rows, with_counts
 from onnxmerge.methods.weights_settings import WeightSharing
 from onnxmerge.methods.zip_choices import Pairing, Rule
 from onnxmerge.passes.permute import Permute
@@ -26,6 +27,7 @@ from onnxmerge.passes.refit import depends_on, set_weights_and_bias, target_of, 
 from onnxmerge.passes.roles import read_axis
 from onnxmerge.passes.shared_weights import (
     differences,
+    energies,
     pair_by_assignment,
     pair_greedily,
     share_by_hessian,
@@ -92,18 +94,35 @@ class Walk:
         extent: what is shared.
         sharing: how.
         folder: for temporary files.
+        start: where the walk begins, if not at the inputs: all layers up to this cut are done.
+
+    Attributes:
+        done: the layers that have been visited.
+        extent: what is shared; where neurons are shared up to a difference, the counts of the spaces of layers still to
+            be visited are upper bounds.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], extent: Extent, sharing: WeightSharing, folder: Path):
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        extent: Extent,
+        sharing: WeightSharing,
+        folder: Path,
+        start: Cut | None = None,
+    ):
         assert extent.cut is not None and extent.stem is not None
         self.done: list[str] = []
+        self.extent = extent
         self._streams, self._all = streams, list(streams.values())
-        self._extent, self._sharing, self._folder = extent, sharing, folder
+        self._sharing, self._folder = sharing, folder
         self._cuts = [*(unit.cut for unit in find_units(extent.stem)), extent.cut.unit.cut]
         self._inputs = [value.name or "" for value in extent.stem.graph.inputs]
         self._at, self._cut = self._inputs, self._cuts[0]
         self._numbers = {layer.name: number for number, layer in enumerate(find_layers(extent.stem))}
         self._decided: set[str] = set()
+        self._weights = sharing.weights or (1.0,) * len(streams)
+        if start is not None:
+            self._begin_at(start.unit.cut)
 
     def layers(self) -> Iterator[str]:
         """Share one layer after the other; yields the name of each that is done."""
@@ -115,6 +134,17 @@ class Walk:
                 yield layer.name
             if cut != self._cuts[-1]:
                 self._advance(step)
+
+    def _begin_at(self, cut: str) -> None:
+        """Run students and teachers up to a cut: afresh, so that it makes no difference where an earlier walk ended."""
+        for layer in find_layers(cut_out(self._all[0].student, self._inputs, [cut])):
+            self._decided |= {space.name for space, _ in self._spaces_made(layer)}
+            self.done.append(layer.name)
+        for task, stream in self._streams.items():
+            for role, model in (("student", stream.student), ("teacher", stream.teacher)):
+                folder = self._folder / f"begun-{role}-{task}"
+                stream.arriving[role] = store(model, stream.feeds, [cut], folder, threads=self._sharing.threads)
+        self._at, self._cuts = [cut], self._cuts[self._cuts.index(cut) + 1 :]
 
     def catch_up(self) -> None:
         """Run the students anew, whose weights have been changed from outside."""
@@ -136,15 +166,20 @@ class Walk:
         self._at = [self._cut]
 
     def _visit(self, reference: Layer) -> None:
-        part = self._extent.parts.get(reference.name)
+        part = self.extent.parts.get(reference.name)
         made = self._spaces_made(reference)
         self._decided |= {space.name for space, _ in made}
+        if part is None and self._sharing.max_difference is not None:
+            self._set_counts({space.name: 0 for space, _ in made})  # nothing tells how much its neurons differ
         if reference.op == "ConvTranspose" or (part is None and self._sharing.rule == Rule.MTZ):
             return  # nothing to share, and nothing to repair
         statistics = [self._gather(stream, reference.name) for stream in self._all]
         if part is not None:
             for space, slots in made:
                 statistics = self._pair(reference, space, slots, statistics)
+            part = self.extent.parts.get(reference.name)
+            if part is None and self._sharing.rule == Rule.MTZ:
+                return
         layers = [_find(stream.student, reference.name) for stream in self._all]
         current = [weights_and_bias(layer) for layer in layers]
         makes = np.zeros(reference.out_channels, bool) if part is None else part.makes
@@ -156,26 +191,30 @@ class Walk:
         self, statistics: Sequence[Regression], current: Sequence[np.ndarray], rows: np.ndarray, makes: np.ndarray
     ) -> list[np.ndarray]:
         """The weights of each task: the outputs in `makes` share the rows in `rows`, the others are fitted alone."""
-        alone = np.zeros_like(rows)
         if makes.all():
             return self._fit(statistics, current, rows)
         if not makes.any():
-            return [self._fit([one], [own], alone)[0] for one, own in zip(statistics, current, strict=True)]
+            return [self._fit_alone(one, own) for one, own in zip(statistics, current, strict=True)]
         found = [own.copy() for own in current]
         some = [_outputs(one, makes) for one in statistics]
         for own, solution in zip(found, self._fit(some, [own[..., makes] for own in current], rows), strict=True):
             own[..., makes] = solution
         if self._sharing.rule == Rule.LEAST_SQUARES:
             for own, one, before in zip(found, statistics, current, strict=True):
-                own[..., ~makes] = self._fit([_outputs(one, ~makes)], [before[..., ~makes]], alone)[0]
+                own[..., ~makes] = self._fit_alone(_outputs(one, ~makes), before[..., ~makes])
         return found
 
     def _fit(
         self, statistics: Sequence[Regression], current: Sequence[np.ndarray], rows: np.ndarray
     ) -> list[np.ndarray]:
         if self._sharing.rule == Rule.MTZ:
-            return share_by_hessian(statistics, current, rows)
-        return share_least_squares(statistics, current, rows, self._sharing.ridge)
+            return share_by_hessian(statistics, current, rows, self._weights)
+        return share_least_squares(statistics, current, rows, self._weights, self._sharing.ridge)
+
+    def _fit_alone(self, statistics: Regression, current: np.ndarray) -> np.ndarray:
+        """The weights of outputs that are a task's own, by least squares: the published rule leaves them."""
+        nothing = np.zeros(current.shape[1], bool)
+        return share_least_squares([statistics], [current], nothing, [1.0], self._sharing.ridge)[0]
 
     # --- pairing ----------------------------------------------------------------------------------------------------
 
@@ -184,7 +223,7 @@ class Walk:
         axis = read_axis(layer.node)
         return [
             (space, slots)
-            for space in self._extent.spaces
+            for space in self.extent.spaces
             for slots in space.weights
             if slots.name == layer.name
             and axis is not None
@@ -195,15 +234,23 @@ class Walk:
 
     def _pair(self, layer: Layer, space: Space, slots: Slots, statistics: Sequence[Regression]) -> list[Regression]:
         """Pair the neurons of a space, put those to be shared first, and the statistics of the layer with them."""
-        count = self._extent.counts.get(space.name, 0)
+        count = self.extent.counts.get(space.name, 0)
         if layer.groups > 1:
+            if self._sharing.max_difference is not None:
+                self._set_counts({space.name: 0})
             return list(statistics)
         current = [weights_and_bias(_find(stream.student, layer.name)) for stream in self._all]
-        rows = shared_rows(layer, self._extent.parts[layer.name], bias=False)
-        costs = [_by_channel(cost, slots.index) for cost in differences(statistics, current, rows)]
+        rows = shared_rows(layer, self.extent.parts[layer.name], bias=False)
+        costs = [_by_channel(cost, slots.index) for cost in differences(statistics, current, rows, self._weights)]
+        limits = self._limits(slots, statistics, current)
         channels = np.arange(space.size)
-        orders = [channels] + [_PAIRS[self._sharing.pairing](cost, count) for cost in costs]
+        pair = _PAIRS[self._sharing.pairing]
+        # a pair that is not shared costs its limit, whatever its difference
+        orders = [channels] + [pair(np.minimum(cost, limit), count) for cost, limit in zip(costs, limits, strict=True)]
         total = sum(cost[order, channels] for cost, order in zip(costs, orders[1:], strict=True))
+        if self._sharing.max_difference is not None:
+            count = min(count, int((total <= sum(limits)).sum()))
+            self._set_counts({space.name: count})
         cheapest = np.argsort(total, kind="stable")
         first = np.concatenate([np.sort(cheapest[:count]), np.sort(cheapest[count:])])
         permuted = []
@@ -213,6 +260,16 @@ class Walk:
             columns[slots.index] = slots.index[order[first]]
             permuted.append(_outputs(own, columns))
         return permuted
+
+    def _limits(self, slots: Slots, statistics: Sequence[Regression], current: Sequence[np.ndarray]) -> list[float]:
+        """For each task but the first the largest difference of a pair that is shared."""
+        if self._sharing.max_difference is None:
+            return [np.inf] * (len(current) - 1)
+        ours, *others = (own[slots.index].sum(1).mean() for own in energies(statistics, current, self._weights))
+        return [self._sharing.max_difference * float(ours + theirs) for theirs in others]
+
+    def _set_counts(self, counts: Counts) -> None:
+        self.extent = with_counts(self.extent, counts, depthwise=self._sharing.depthwise)
 
     # --- statistics -------------------------------------------------------------------------------------------------
 

@@ -5,46 +5,30 @@ The one that saves most among those that keep the bounds is chosen. Sources: Zip
 the sequence over k, MTZ (He et al. 2018) for sharing across tasks, PLeaS and RegMean for the least-squares fusion.
 """
 
-import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as oir
-
-from onnxmerge.calibration.settings import Settings
 from onnxmerge.files import claim_folder, whole_file, write_text
-from onnxmerge.ir.layers import find_layers, parameter_count
-from onnxmerge.ir.save import save, stored_bytes
-from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
-from onnxmerge.methods.bounds import Bounds
+from onnxmerge.methods.alignment import find_sharable
 from onnxmerge.methods.candidates import Interrupted, Shelf
-from onnxmerge.methods.fitted_tree import FittedLevel
+from onnxmerge.methods.fictive import find_sharable_of_any_width
 from onnxmerge.methods.fitting import Fitting
-from onnxmerge.methods.grow_tree import Kept, grow_tree
-from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.pictures import held_out_pictures
-from onnxmerge.methods.plan import Plan, PlannedCandidate, make_plan, predicted_size
+from onnxmerge.methods.plan import Plan, as_made, make_plan
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.stem import Stems
-from onnxmerge.methods.structure import Structure, size_of
-from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
-from onnxmerge.methods.tree import Branch, Forest
-from onnxmerge.methods.weights_mode import share_weights
-from onnxmerge.methods.weights_settings import WeightSharing
-from onnxmerge.methods.zip_choices import TREE, Mode, Start
+from onnxmerge.methods.task import Task, load_networks, with_data
+from onnxmerge.methods.zip_choices import TREE, Mode
+from onnxmerge.methods.zip_job import Job
+from onnxmerge.methods.zip_run import Run
 from onnxmerge.methods.zip_settings import ZipSettings
-from onnxmerge.report.provenance import hardware, library_versions, sha256
-from onnxmerge.report.schema import Candidate, LayerSimilarity, Result, worst_drop
+from onnxmerge.report.provenance import sha256
+from onnxmerge.report.schema import Result
 from onnxmerge.report.write import write_report
-
-_CHOOSING = 2000
-"""Held-out samples that decide which start is calibrated."""
 
 
 def zip_models(
@@ -80,24 +64,25 @@ def zip_models(
     settings.check(len(models))
     progress = progress or Silent()
     progress.stage("load")
-    networks = load_networks(models)
+    networks = load_networks(models, same_inputs=settings.mode is Mode.COMPUTE)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
-    sharable = find_sharable(tasks)
+    sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
     plan = make_plan(tasks, sharable, settings.share, settings.widths, settings.sharing, settings.mode)
     folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = _recipe(tasks, settings, plan)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
-        shelf = Shelf(folder, recipe, resume=resume)
-        run = _Run(tasks, sharable, plan, settings, Path(temporary), shelf, recipe, progress)
+        shelf, own = Shelf(folder, recipe, resume=resume), Path(temporary)
+        fitting = Fitting(settings.samples, settings.seed, settings.threads, own, progress, settings.weights)
+        run = Run(Job(tasks, sharable, plan, settings, fitting, shelf, progress), recipe, own)
         interrupted = run.make_candidates()
-    result = run.result(interrupted)
+    result = run.result()
     (folder / "merged.onnx").unlink(missing_ok=True)
     if result.chosen is not None:
         with whole_file(folder / "merged.onnx") as temporary_file:
             shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
         result.pictures = held_out_pictures(tasks, folder / "merged.onnx", threads=settings.threads)
-    write_text(folder / "plan.json", plan.to_json())
+    write_text(folder / "plan.json", as_made(plan, result, tasks, sharable).to_json())
     write_report(result, folder)
     if interrupted:
         raise Interrupted(result)
@@ -112,8 +97,9 @@ def plan_zip(
     mode: Mode = Mode.COMPUTE,
 ) -> Plan:
     """What `zip_models` would share, before any weight is touched; needs no data."""
-    networks = load_networks(models)
-    return make_plan(networks, find_sharable(networks), share, widths, sharing, mode)
+    networks = load_networks(models, same_inputs=mode is Mode.COMPUTE)
+    sharable = (find_sharable_of_any_width if mode is Mode.WEIGHTS else find_sharable)(networks)
+    return make_plan(networks, sharable, share, widths, sharing, mode)
 
 
 def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[str, Any]:
@@ -127,216 +113,3 @@ def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[st
         "trees": settings.share == TREE,
         "settings": {name: value for name, value in asdict(settings).items() if name != "share"},
     }
-
-
-class _Run:
-    """One zip under way: what is worked out once, and the candidates finished so far."""
-
-    def __init__(
-        self,
-        tasks: list[Task],
-        sharable: Sharable,
-        plan: Plan,
-        settings: ZipSettings,
-        temporary: Path,
-        shelf: Shelf,
-        recipe: dict[str, Any],
-        progress: Progress,
-    ):
-        self.tasks, self.sharable, self.plan, self.settings = tasks, sharable, plan, settings
-        self.shelf, self.recipe, self.progress = shelf, json.loads(json.dumps(recipe)), progress
-        self.fitting = Fitting(settings.samples, settings.seed, settings.threads, temporary, progress, settings.weights)
-        self.judge = Judge(tasks, temporary, settings.threads)
-        self.chooser = Judge(tasks, temporary / "chooser", settings.threads, samples=_CHOOSING, seed=settings.seed)
-        self.bench = Bench(tasks, tasks[0].inputs, settings.threads, settings.providers)
-        self.aligned: dict[str, Aligned] = {}
-        self.stems = Stems(sharable, self.aligned, tasks, self.fitting)
-        self.levels: dict[Start, FittedLevel] = {}
-        self.forest = Forest(tasks, sharable)
-        self.candidates: list[Candidate] = []
-        self.bounds = Bounds(settings.max_drop, settings.max_bytes, settings.min_speedup, plan.originals.macs)
-        self.notes = [f"At most {len(plan.units)} units can be shared: {plan.limit}."]
-
-    def make_candidates(self) -> bool:
-        """Make every candidate of the plan; whether an interrupt stopped it."""
-        try:
-            for planned in self.plan.candidates:
-                self._get(planned)
-            if self.settings.share == TREE:
-                self._grow()
-        except KeyboardInterrupt:
-            finished = ", ".join(c.name for c in self.candidates) or "none"
-            self.notes.append(f"Interrupted: these candidates were finished and are kept: {finished}.")
-            return True
-        return False
-
-    def _get(self, planned: PlannedCandidate) -> Candidate | None:
-        """Make a candidate, or take it from the shelf; None where it would be too big or too slow."""
-        too_big = self.bounds.why_not(planned)
-        if too_big:
-            self.notes.append(f"{planned.name} was not made: {too_big}.")
-            return None
-        self.candidates.append(self.shelf.get(planned.name) or self._make(planned))
-        return self.candidates[-1]
-
-    def _grow(self) -> None:
-        """Let groups of tasks share further, as long as all keep the bound."""
-        bound, names = self.bounds.max_drop, [task.name for task in self.tasks]
-        if bound is None or len(names) < 3:
-            reason = "two tasks have no smaller groups" if len(names) < 3 else "there is no --max-drop to keep"
-            self.notes.append(f"No tree was made: {reason}.")
-            return
-        count = len(self.plan.candidates)
-
-        def attempt(units: int, branches: Sequence[Branch]) -> Kept:
-            number = len(self.plan.candidates) - count + 1
-            planned = PlannedCandidate(name=f"{TREE}{number:02d}", units=units, branches=list(branches))
-            planned.predicted = predicted_size(self.tasks, self.sharable, self.forest, planned)
-            self.plan.candidates.append(planned)
-            made = self._get(planned)
-            return frozenset() if made is None else made.within(bound)
-
-        if not grow_tree(names, self.forest, {c.share: c.within(bound) for c in self.candidates}, attempt):
-            self.notes.append("No group of tasks can share further than all tasks within --max-drop.")
-
-    def _make(self, planned: PlannedCandidate) -> Candidate:
-        name, k = planned.name, planned.units
-        begun = time.perf_counter()
-        if k > 0 and self.settings.mode is Mode.COMPUTE:
-            self._align()
-        self.progress.stage(f"{name}: fit", None)
-        start, merged = self._closed_form(planned)
-        losses: list[tuple[int, float]] = []
-        if self.settings.steps and planned.shares:
-            losses = self._calibrate(name, merged, self.settings.steps)
-        path = self.shelf.model_path(name)
-        metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
-        if planned.branches:
-            metadata["onnxmerge.branches"] = json.dumps([branch.model_dump() for branch in planned.branches])
-        save(merged, path, metadata | {"onnxmerge.share": str(k)})
-        candidate = Candidate(
-            name=name,
-            share=k,
-            path=str(path),
-            parameters=parameter_count(merged),
-            bytes=stored_bytes(path),
-            macs=size_of([merged]).macs if self.settings.mode is Mode.COMPUTE else self.plan.originals.macs,
-            tasks=self.judge.score(merged),
-            steps=self.settings.steps if losses else 0,
-            seconds=time.perf_counter() - begun,
-            start=None if start is None else start.value,
-            shared_layers=sum(len(unit.layers) for unit in self.plan.units[:k]),
-            total_layers=len(find_layers(self.sharable.reference.model)),
-            branches={branch.name: branch.units for branch in planned.branches},
-            losses=losses,
-        )
-        if self.settings.measure:
-            self._measure(candidate, path)
-        self.shelf.put(candidate)
-        return candidate
-
-    def _align(self) -> None:
-        """Align every task with the first, once."""
-        if not self.aligned:
-            self.progress.stage("align", len(self.tasks) - 1)
-            for task in self.tasks[1:]:
-                self.aligned[task.name] = align(
-                    self.sharable,
-                    task,
-                    self.tasks,
-                    samples=self.settings.samples,
-                    seed=self.settings.seed,
-                    threads=self.settings.threads,
-                )
-                self.progress.advance(task.name)
-
-    def _closed_form(self, planned: PlannedCandidate) -> tuple[Start | None, oir.Model]:
-        """The best of the settings' starts by its worst task on some held-out samples."""
-        tree = self.forest.tree(planned.units, planned.branches, planned.adapters)
-        if not planned.shares:
-            return None, Structure(self.tasks, self.sharable).merged(tree)
-        if self.settings.mode is Mode.WEIGHTS:
-            return None, self._shared_weights(planned)
-        tried = []
-        own = bool(planned.channels or planned.private)
-        for start in (Start.SUBSPACE,) if own else self.settings.starts:
-            tried.append((start, self._level(start, planned).merged(tree)))
-        if len(tried) == 1:
-            return tried[0]
-        return min(tried, key=lambda candidate: worst_drop(self.chooser.score(candidate[1])) or 0.0)
-
-    def _level(self, start: Start, planned: PlannedCandidate) -> FittedLevel:
-        """Of all tasks; the same for all candidates whose stem has the first network's widths."""
-        if planned.channels or planned.private:
-            return FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start, planned.widths)
-        if start not in self.levels:
-            self.levels[start] = FittedLevel(self.tasks, self.sharable, self.stems, self.fitting, start)
-        return self.levels[start]
-
-    def _shared_weights(self, planned: PlannedCandidate) -> oir.Model:
-        def after(merged: oir.Model, layer: str) -> None:
-            self._calibrate(f"{planned.name}, {layer}", merged, self.settings.retrain)
-
-        return share_weights(
-            self.sharable,
-            self.aligned,
-            self.tasks,
-            planned.channels or planned.units,
-            WeightSharing(
-                rule=self.settings.rule,
-                pairing=self.settings.pairing,
-                samples=self.settings.samples,
-                seed=self.settings.seed,
-                threads=self.settings.threads,
-            ),
-            after=after if self.settings.retrain else None,
-            progress=self.progress,
-        )
-
-    def _calibrate(self, name: str, merged: oir.Model, steps: int) -> list[tuple[int, float]]:
-        """Train `merged` in place; the held-out losses."""
-        from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
-
-        self.progress.stage(f"{name}: calibrate", steps)
-        settings = Settings(
-            steps=steps,
-            rate=self.settings.rate,
-            label_weight=float(self.settings.labels),
-            seed=self.settings.seed,
-            threads=self.settings.threads,
-        )
-        return calibrate_merged(merged, self.tasks, task_outputs(self.tasks), settings, self.progress)
-
-    def _measure(self, candidate: Candidate, path: Path) -> None:
-        self.progress.stage(f"{candidate.name}: measure", None)
-        candidate.latency_ms, reliable = self.bench.latency(path)
-        candidate.memory_mb = self.bench.memory(path)
-        if not reliable:
-            self.notes.append(f"The latency of {candidate.name} was measured on a busy machine and is not reliable.")
-
-    def result(self, interrupted: bool) -> Result:
-        """What was made, and which of it is chosen."""
-        chosen = self.bounds.choose(self.candidates)
-        if chosen is None:
-            self.notes.append(self.bounds.closest(self.candidates))
-        return Result(
-            method="zip",
-            versions=library_versions(),
-            inputs=[task.record() for task in self.tasks],
-            candidates=self.candidates,
-            chosen=None if chosen is None else chosen.name,
-            recipe=self.recipe,
-            hardware=hardware(),
-            similarity=_mean_similarity([a.similarity for a in self.aligned.values()]),
-            units=[unit.name for unit in self.plan.units],
-            notes=self.notes,
-        )
-
-
-def _mean_similarity(records: Sequence[Sequence[LayerSimilarity]]) -> list[LayerSimilarity]:
-    """One record for each layer: the mean over all tasks that were aligned with the first."""
-    measured = ("correlation", "correlation_unaligned", "cka")
-    return [
-        same[0].model_copy(update={name: sum(getattr(r, name) for r in same) / len(same) for name in measured})
-        for same in zip(*records, strict=True)
-    ]

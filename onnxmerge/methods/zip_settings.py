@@ -1,6 +1,7 @@
 """What can be set of a zip."""
 
 from dataclasses import dataclass
+from math import inf
 
 from onnxmerge.errors import UsageError
 from onnxmerge.methods.zip_choices import TREE, Mode, Pairing, Rule, Start
@@ -21,6 +22,7 @@ class ZipSettings:
         samples: unlabelled samples of each task for the closed form.
         mode: compute shared channels once, or hold shared weights once.
         rule, pairing: how weights are shared in that mode (see `WeightSharing`).
+        max_difference: share neurons only as far as they differ by this at most, in that mode (see `WeightSharing`).
         retrain: calibration steps after each shared layer in that mode, as in MTZ; tails are then left to it.
         starts: stems to try for each candidate; the one with the better worst task on held-out samples is calibrated.
             Stems of another width start from the subspace.
@@ -41,6 +43,7 @@ class ZipSettings:
     mode: Mode = Mode.COMPUTE
     rule: Rule = Rule.LEAST_SQUARES
     pairing: Pairing = Pairing.ASSIGNMENT
+    max_difference: float | None = None
     retrain: int = 0
     steps: int = 300
     rate: float = 1e-2
@@ -57,10 +60,10 @@ class ZipSettings:
         """Whether the settings fit each other and so many tasks.
 
         Raises:
-            UsageError: the weights are not one for each task, a width is not above 0, or no tree can be made so.
+            UsageError: the weights are not one for each task, a number is out of its range, or is for the other mode.
         """
         weights = self.weights or (1.0,) * tasks
-        if len(weights) != tasks or any(not 0 < weight < float("inf") for weight in weights):
+        if len(weights) != tasks or any(not 0 < weight < inf for weight in weights):
             raise UsageError(f"--weights: give a number above 0 for each of the {tasks} tasks")
         if any(not 0 < width <= tasks for width in self.widths):
             raise UsageError(f"--width: give a number above 0 and at most {tasks}, the number of tasks")
@@ -70,3 +73,5 @@ class ZipSettings:
             raise UsageError("--width: in weights mode every task keeps its own width")
         if self.share == TREE and (self.mode is Mode.WEIGHTS or {*self.widths, *self.sharing} != {1.0}):
             raise UsageError(f"--share {TREE}: trees are for --mode compute, without --width and --sharing")
+        if self.max_difference is not None and (self.mode is not Mode.WEIGHTS or not 0 <= self.max_difference < inf):
+            raise UsageError("--max-difference: give a number of at least 0, and --mode weights")

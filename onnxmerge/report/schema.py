@@ -94,6 +94,8 @@ class Candidate(_Record):
     total_layers: int | None = None
     branches: dict[str, int] = Field(default_factory=dict)
     """By group of tasks, joined by `+`, how many units it shares, where that is more than all tasks do."""
+    channels: dict[str, int] = Field(default_factory=dict)
+    """How many neurons of each channel space are shared, where that was decided while the candidate was made."""
     losses: list[tuple[int, float]] = Field(default_factory=list)
     """Held-out calibration loss: (step, loss), step 0 being the closed form."""
 
