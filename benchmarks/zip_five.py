@@ -2,14 +2,16 @@
 
 python benchmarks/zip_five.py [--seeds 1] [--steps 1000] [--shared 8 9 10] [--widths 1 1.25] [--ways NAME ...]
                               [--finished]
+python benchmarks/zip_five.py --mode weights --sharing 0.95 --shared 10 --widths 1 --ways labels
 python benchmarks/zip_five.py --cost      latency and memory once more; run it on a quiet machine
 
 The networks and the tasks are those of `five_tasks.py`; `--shared` counts units: the first convolution and nine blocks.
 The closed form sees 2000 images of each task without labels; calibration sees the training images, 64 of each task in a
 step, without labels or with them. *One model* starts from the CIFAR-10 network's stem as it is. Errors in per cent of
-all test images. *Shared* is how much of a network's parameters lies in the stem; *parameters*, *ms* and *memory* are of
-the merged network, in multiples of what one network takes (the mean of the five), all heads included. In the paper 90 %
-of each network are shared; its networks stand on different inputs, so that shared weights save no time.
+all test images. *Shared* is how much of a network's parameters lies in the shared units; *parameters*, *ms* and
+*memory* are of the merged network, in multiples of what one network takes (the mean of the five), all heads included.
+In the paper 90 % of each network are shared; its networks stand on different inputs, so that shared weights save no
+time: `--mode weights`, with 95 % of each space's neurons and so 90 % of each weight.
 
 The candidates are kept in benchmarks/cache/zip_five, for each choice of units and widths in a folder of its own, and
 an interrupted run goes on from there; `--finished` prints the table of what there is. Delete that folder when the code
@@ -22,10 +24,11 @@ from collections.abc import Sequence
 import markdown
 from datasets import CACHE
 from five_tasks import TASKS, network
-from zipping import Cost, Made, Series, drops, make_all, parser_of, spread, width_of
+from zipping import Cost, Made, Series, drops, make_all, parser_of, spread
 
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.load import load
+from onnxmerge.methods.zip_choices import Mode
 from onnxmerge.report.schema import Candidate
 
 FOLDER = CACHE / "zip_five"
@@ -53,7 +56,7 @@ def show(series: Series, made: Made, again: bool) -> None:
     """Print the table."""
     header = [
         "shared units",
-        "width",
+        "plan",
         "way",
         "shared",
         "parameters",
@@ -71,7 +74,7 @@ def show(series: Series, made: Made, again: bool) -> None:
         for way, found in made.items():
             own = [candidates[planned.name] for candidates in found if planned.name in candidates]
             if own:
-                row = [str(planned.units), width_of(planned), way, *_costs(series, own[0], again)]
+                row = [str(planned.units), planned.name, way, *_costs(series, own[0], again)]
                 rows.append([*row, *_errors(own), _lost(own)])
     print(markdown.table(header, rows), flush=True)
 
@@ -116,8 +119,11 @@ def _lost(candidates: Sequence[Candidate]) -> str:
 def main() -> None:
     parser = parser_of(__doc__, [1.0, 1.25])
     parser.add_argument("--shared", type=int, nargs="+", default=[8, 9, 10])
+    parser.add_argument("--mode", type=Mode, choices=list(Mode), default=Mode.COMPUTE)
+    parser.add_argument("--sharing", type=float, nargs="+", default=[1.0])
     options = parser.parse_args()
-    series = Series(FOLDER, TASKS, network, options.shared, options.widths, options.steps, options.finished)
+    limits = options.shared, options.widths, options.steps, options.finished
+    series = Series(FOLDER, TASKS, network, *limits, options.mode, options.sharing)
     show(series, make_all(series, options.ways, options.seeds), options.cost)
 
 

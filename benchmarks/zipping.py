@@ -18,7 +18,7 @@ from onnxmerge.methods.plan import Plan, PlannedCandidate
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import load_networks, with_data
 from onnxmerge.methods.zip import plan_zip
-from onnxmerge.methods.zip_choices import Start
+from onnxmerge.methods.zip_choices import Mode, Start
 from onnxmerge.report.schema import Candidate, LatencyRecord, MemoryRecord
 
 FITTED = ZipSettings().starts
@@ -77,6 +77,8 @@ class Series:
         widths: how many channels the stems have, relative to the first network.
         steps: of calibration.
         finished: only what is in the cache is known.
+        mode: of sharing.
+        sharing: which share of each space's channels is shared.
     """
 
     folder: Path
@@ -86,6 +88,8 @@ class Series:
     widths: Sequence[float]
     steps: int
     finished: bool
+    mode: Mode = Mode.COMPUTE
+    sharing: Sequence[float] = (1.0,)
 
     def paths(self, seed: int) -> list[Path]:
         """The networks of a seed."""
@@ -94,7 +98,7 @@ class Series:
     @cached_property
     def plan(self) -> Plan:
         """What can be shared, and which of it is."""
-        plan = plan_zip(self.paths(0), widths=self.widths)
+        plan = plan_zip(self.paths(0), widths=self.widths, sharing=self.sharing, mode=self.mode)
         plan.candidates = [planned for planned in plan.candidates if planned.units in self.shared]
         return plan
 
@@ -104,6 +108,7 @@ class Series:
         One model as it is has one width, so its ways leave the others out.
         """
         subset = "-".join(map(str, self.shared)) + "_w" + "-".join(f"{width:g}" for width in self.widths)
+        subset += "_s" + "-".join(f"{share:g}" for share in self.sharing) + f"_{self.mode}"
         folder = self.folder / subset / f"{way.replace(',', '').replace(' ', '-')}_{self.steps}_{seed}"
         fitted = WAYS[way].starts == FITTED
         planned = [own for own in self.plan.candidates if fitted or not own.channels]
@@ -119,6 +124,7 @@ class Series:
         plan.write_text(self.plan.model_copy(update={"candidates": planned}).to_json())
         settings = ZipSettings(
             share=str(plan),
+            mode=self.mode,
             max_drop=None,
             steps=self.steps,
             starts=WAYS[way].starts,
@@ -174,7 +180,7 @@ def drops(candidates: Sequence[Candidate], task: str) -> list[float]:
 
 def width_of(planned: PlannedCandidate) -> str:
     """As it is in the candidate's name."""
-    return planned.name.partition("-w")[2] or "1"
+    return planned.name.partition("-w")[2].partition("-")[0] or "1"
 
 
 def print_originals(made: Made, tasks: Sequence[str]) -> None:
