@@ -235,6 +235,14 @@ def test_a_candidate_is_as_large_as_its_plan_says(tmp_path: Path, sharing: float
         assert min(score.agreement or 0 for score in candidate.tasks.values()) > 0.6
 
 
+def test_a_candidate_is_the_same_alone_and_in_the_sequence(tmp_path: Path) -> None:
+    """So a run that is resumed ends as one that was not stopped."""
+    sequence, alone = zipped(tmp_path / "all", share="auto"), zipped(tmp_path / "one", share="3")
+    first, second = load(sequence.candidates[3].path or ""), load(alone.candidates[0].path or "")
+    for name, value in first.graph.initializers.items():
+        np.testing.assert_array_equal(get_array(value), get_array(second.graph.initializers[name]))
+
+
 def test_private_channels_help_the_closed_form_of_a_narrow_stem(tmp_path: Path) -> None:
     """A stem with half of the channels, alone and with the other half for each task."""
     alone, beside = (

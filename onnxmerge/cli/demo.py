@@ -13,7 +13,7 @@ from onnxmerge.cli.progress import Bars
 @reports_errors
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output folder.")] = Path("demo-out"),
-    steps: options.Steps = 200,
+    steps: options.Steps = 100,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,

@@ -12,7 +12,7 @@ from onnxmerge.ir.weights import get_array, set_array
 from onnxmerge.methods.alignment import Aligned, Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.structure import Widths, stem_of
-from onnxmerge.methods.subspaces import View, find_subspaces
+from onnxmerge.methods.subspaces import Choice, SharedSpace, View, find_subspaces
 from onnxmerge.methods.tails import Stem
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.union import Union, join_networks
@@ -34,6 +34,7 @@ def fuse_subspace(
     tasks: Sequence[Task],
     cut: Cut,
     widths: Widths,
+    known: dict[Choice, SharedSpace],
     fitting: Fitting,
 ) -> Stem:
     """Put the shared channels' weights together from the networks' own, then refit every layer towards Q u + c.
@@ -44,6 +45,7 @@ def fuse_subspace(
         tasks: the networks with their samples.
         cut: where the stem ends.
         widths: how many channels are shared in each space, and how many more each task has.
+        known: see `find_subspaces`.
         fitting: samples, seed, weights of the tasks.
 
     Raises:
@@ -57,6 +59,7 @@ def fuse_subspace(
         {space.name: widths.shared.get(space.name, space.size) for space in union.spaces},
         widths.private,
         {task.name: fitting.weight(number) for number, task in enumerate(tasks)},
+        known,
         samples=fitting.samples,
         seed=fitting.seed,
         threads=fitting.threads,

@@ -11,6 +11,7 @@ from onnxmerge.methods.alignment import Aligned, Cut, Sharable
 from onnxmerge.methods.fitting import Fitting, least_squares
 from onnxmerge.methods.shared_subspace import fuse_subspace
 from onnxmerge.methods.structure import Widths
+from onnxmerge.methods.subspaces import Choice, SharedSpace
 from onnxmerge.methods.tails import Stem
 from onnxmerge.methods.task import Task
 from onnxmerge.methods.zip_choices import Start
@@ -34,11 +35,12 @@ class Stems:
     def __init__(self, sharable: Sharable, aligned: Mapping[str, Aligned], tasks: Sequence[Task], fitting: Fitting):
         self._sharable, self._aligned, self._tasks, self._fitting = sharable, aligned, tasks, fitting
         self._deepest: dict[Start, oir.Model] = {}
+        self._known: dict[Choice, SharedSpace] = {}
 
     def up_to(self, cut: Cut, start: Start, widths: Widths) -> Stem:
         """The stem that ends at `cut`; in the subspace it may have other widths."""
         if start is Start.SUBSPACE:
-            return fuse_subspace(self._sharable, self._aligned, self._tasks, cut, widths, self._fitting)
+            return fuse_subspace(self._sharable, self._aligned, self._tasks, cut, widths, self._known, self._fitting)
         if start not in self._deepest:
             self._deepest[start] = self._fused(start)
         model = cut_out(self._deepest[start], self._tasks[0].inputs, [cut.value])

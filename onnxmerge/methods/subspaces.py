@@ -1,5 +1,6 @@
 """For every channel space of a stem: which mixture, or which choice, of all networks' channels is shared."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -84,6 +85,17 @@ class _Place:
     bend: Bend | None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """All that decides, for the same tasks, samples and seed, what is chosen in a space."""
+
+    space: str
+    kind: Kind
+    places: tuple[tuple[str, Bend | None], ...]
+    width: int
+    private: int
+
+
 def find_subspaces(
     union: Union,
     tasks: Sequence[Task],
@@ -91,6 +103,7 @@ def find_subspaces(
     widths: Mapping[str, int],
     private: Mapping[str, int],
     weights: Mapping[str, float],
+    known: dict[Choice, SharedSpace],
     *,
     samples: int,
     seed: int,
@@ -105,6 +118,7 @@ def find_subspaces(
         widths: by space how many channels are shared.
         private: by space how many more each task has; spaces that can only be matched have none.
         weights: how much each task counts.
+        known: what was chosen for stems of the same tasks before, and grows.
         samples: unlabelled samples of each task.
         seed: of samples, positions and descent.
         threads: for onnxruntime.
@@ -113,12 +127,27 @@ def find_subspaces(
     kinds = {space.name: kind_of(own, space) for space in union.spaces}
     mapped = [space for space in union.spaces if kinds[space.name] is not Kind.MATCH]
     places = {space.name: _places(own, union, space) for space in mapped}
-    rows = _gather(union, tasks, places, samples, seed, threads)
+    choices = {
+        space.name: Choice(
+            space.name,
+            kinds[space.name],
+            tuple((place.name, place.bend) for place in places[space.name]),
+            widths[space.name],
+            private.get(space.name, 0),
+        )
+        for space in mapped
+    }
+    new = {name: own for name, own in places.items() if choices[name] not in known}
+    rows = _gather(union, tasks, new, samples, seed, threads)
     found = {}
     for space in union.spaces:
         if not places.get(space.name):
             view = _matched(union, space, aligned)
             found[space.name] = SharedSpace(view, dict.fromkeys(union.names, view))
+            continue
+        choice = choices[space.name]
+        if choice in known:
+            found[space.name] = known[choice]
             continue
         sights = [
             _sight(union, space, place, group, seen, weights)
@@ -126,7 +155,7 @@ def find_subspaces(
             for group, seen in rows[place.name, space.name]
         ]
         mixed = kinds[space.name] is Kind.MIX and sights[0].rows.shape[1] <= _WIDEST
-        width, more = widths[space.name], private.get(space.name, 0)
+        width, more = choice.width, choice.private
         subspace = choose_subspace(sights, width, seed) if mixed else choose_channels(sights, width)
         view, views = View(subspace, decoder(subspace, sights)), {}
         for name in union.names:
@@ -134,7 +163,7 @@ def find_subspaces(
             if more:
                 with_own = choose_private(subspace, sights, union.own(name, space), more)
                 views[name] = View(with_own, decoder(with_own, sights))
-        found[space.name] = SharedSpace(view, views)
+        found[space.name] = known[choice] = SharedSpace(view, views)
     return found
 
 
@@ -193,7 +222,6 @@ def _gather(
     threads: int | None,
 ) -> dict[tuple[str, str], list[tuple[tuple[str, ...], np.ndarray]]]:
     """By place and space: for each set of data the tasks that read it, and rows [samples * positions, n]."""
-    generator = np.random.default_rng(seed)
     spaces = {space.name: space for space in union.spaces}
     wanted = [
         (place, spaces[name], union.columns(place.name, spaces[name])[:, 0])
@@ -204,16 +232,20 @@ def _gather(
     owners: dict[int, list[Task]] = {}
     for task in tasks:
         owners.setdefault(id(task.data), []).append(task)
-    for sharing in owners.values():
+    for number, sharing in enumerate(owners.values()):
         split = sharing[0].data.calibration.take(samples, seed)
         names = list(dict.fromkeys(place.name for place, *_ in wanted))
         kept: dict[tuple[str, str], list[np.ndarray]] = {(p.name, s.name): [] for p, s, _ in wanted}
         source = union.model, sharing[0].feeds(split, tasks[0]), names
+        # each of its own, so that what is seen in one place does not hang on what else is looked at
+        generators = {key: np.random.default_rng([seed, number, zlib.crc32("/".join(key).encode())]) for key in kept}
         for (values,) in lockstep(source, threads=threads) if names else ():
             for place, space, columns in wanted:
                 array, axis = values[place.name], union.joined[place.name].axis
                 most = max(1, _ENTRIES // (len(columns) * len(split) * len(owners)))
-                positions = Positions.sample(generator, grid_of(array, axis), min(_POSITIONS, most))
+                positions = Positions.sample(
+                    generators[place.name, space.name], grid_of(array, axis), min(_POSITIONS, most)
+                )
                 kept[place.name, space.name].append(output_rows(array, axis, positions)[:, columns])
         for key, parts in kept.items():
             whole = np.concatenate(parts).astype(np.float32)
