@@ -2,8 +2,8 @@
 
 python benchmarks/zip_lenets.py [--part table1 tasks figure2] [--seeds 3] [--samples 10000] [--finished]
 
-All hidden layers are shared, in one of two ways. `zip` is the product: each task has an adapter of its own in front of
-the last shared nonlinearity. `no adapters` is what the paper means by shared: matched channels, least squares layer by
+All hidden layers are shared, in one of two ways. `zip` is the product: the shared subspace, which the heads read.
+`no adapters` is what the paper means by shared: matched channels, least squares layer by
 layer towards both networks on the merged network's own inputs, and nothing of a task's own but its head. Where the
 networks are sparse, `no adapters` keeps as many weights as one of them has: L-OBS (`lenets.prune`) stands in place of
 least squares, and once more behind the training; `zip` knows nothing of zeros.

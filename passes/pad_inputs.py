@@ -135,19 +135,18 @@ class PadInputs(oir.passes.InPlacePass):
         return oir.passes.PassResult(model, modified=bool(self.paddings))
 
 
-def own_input(wide: oir.Value, name: str, padding: Padding | None) -> oir.Value:
+def own_input(wide: oir.Value, name: str, padding: Padding) -> oir.Value:
     """A graph input of this name for what a padded one stands for."""
-    zeros = {} if padding is None else {padding.axis: padding.zeros}
     assert wide.shape is not None
-    shape = [size - zeros[axis] if axis in zeros else size for axis, size in enumerate(wide.shape)]
+    shape = [
+        size - padding.zeros if axis == padding.axis and padding.zeros else size for axis, size in enumerate(wide.shape)
+    ]
     return oir.Value(name=name, shape=oir.Shape(shape), type=wide.type)
 
 
-def padded_input(
-    graph: oir.Graph, own: oir.Value, padding: Padding | None, made: str, *, front: bool = False
-) -> oir.Value:
+def padded_input(graph: oir.Graph, own: oir.Value, padding: Padding, made: str, *, front: bool = False) -> oir.Value:
     """The value with its zeros, which a Pad in `graph` makes, in front of all nodes or behind them."""
-    if padding is None or not padding.zeros:
+    if not padding.zeros:
         return own
     amounts = np.zeros((2, rank(own)), np.int64)
     amounts[1, padding.axis] = padding.zeros

@@ -1,12 +1,14 @@
 """What a merged file makes of a few held-out samples, beside its originals, where their outputs are images."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from onnxmerge.data import Batch
-from onnxmerge.methods.task import Task, merged_inputs, task_outputs
+from onnxmerge.ir.load import read
+from onnxmerge.methods.task import Task, task_outputs
 from onnxmerge.report.panels import black_and_white, is_image, to_png
 from onnxmerge.report.schema import Pictures, TaskPictures
 from onnxmerge.runtime.session import open_session, run
@@ -71,13 +73,8 @@ def _images(
     if place is None:
         return None
     whole = open_session(merged, threads=threads)
-    shapes = {
-        value.name: [size if isinstance(size, int) else 1 for size in value.shape] for value in whole.get_inputs()
-    }
-    inputs = dict(zip(task.inputs, merged_inputs(task, list(shapes)), strict=True))
-    blank = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name not in inputs.values()}
-    feeds = [blank | {new: batch.inputs[old] for old, new in inputs.items()} for batch in batches]
-    ours = _joined([run(whole, feed, [names[place]]) for feed in feeds])
+    feeds = task.merged_feeds(task.data.held_out, read(merged)).batches(1)
+    ours = _joined([run(whole, feed, [names[place]]) for feed in itertools.islice(feeds, len(batches))])
     return ours[names[place]], list(theirs.values())[place]
 
 

@@ -127,6 +127,13 @@ def merged_inputs(task: Network, names: Sequence[str]) -> list[str]:
     return own if set(own) <= set(names) else list(names)
 
 
+def all_inputs(tasks: Sequence[Network]) -> list[str]:
+    """What a multi-task model calls its inputs: as the first task does, or `TASK/input` where their sizes differ."""
+    if len({tuple(dims(value) for value in task.model.graph.inputs) for task in tasks}) == 1:
+        return tasks[0].inputs
+    return [f"{task.name}/{name}" for task in tasks for name in task.inputs]
+
+
 def task_outputs(tasks: Sequence[Network]) -> dict[str, list[str]]:
     """What a multi-task model calls the outputs of each task, in order: `TASK/output`."""
     return {task.name: [f"{task.name}/{output}" for output in task.outputs] for task in tasks}

@@ -51,12 +51,11 @@ class ComputeMode:
 
     def _level(self, start: Start, planned: PlannedCandidate) -> FittedLevel:
         """Of all tasks; the same for all candidates whose stem has the first network's widths."""
-        job, widths = self._job, planned.widths if planned.channels or planned.private else None
-        if widths is not None or start not in self._levels:
-            level = FittedLevel(job.tasks, job.sharable, self._stems, job.fitting, start, widths)
-            if widths is not None:
-                return level
-            self._levels[start] = level
+        job = self._job
+        if planned.channels or planned.private:
+            return FittedLevel(job.tasks, job.sharable, self._stems, job.fitting, start, planned.widths)
+        if start not in self._levels:
+            self._levels[start] = FittedLevel(job.tasks, job.sharable, self._stems, job.fitting, start)
         return self._levels[start]
 
     def metadata(self, planned: PlannedCandidate, merged: oir.Model) -> dict[str, str]:

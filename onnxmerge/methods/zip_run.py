@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.bounds import Bounds
 from onnxmerge.methods.grow_tree import Kept, grow_tree
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.plan import PlannedCandidate, adapters_pay, predicted_size
+from onnxmerge.methods.task import all_inputs
 from onnxmerge.methods.tree import Branch, Forest
 from onnxmerge.methods.zip_choices import TREE, Mode
 from onnxmerge.methods.zip_compute import ComputeMode
@@ -39,9 +39,7 @@ class Run:
         compute = settings.mode is Mode.COMPUTE
         self.maker: Maker = ComputeMode(job, self.forest, temporary) if compute else WeightsMode(job)
         self.judge = Judge(tasks, temporary, settings.threads)
-        own = {tuple(dims(value) for value in task.model.graph.inputs) for task in tasks}
-        names = tasks[0].inputs if len(own) == 1 else [f"{task.name}/{name}" for task in tasks for name in task.inputs]
-        self.bench = Bench(tasks, names, settings.threads, settings.providers)
+        self.bench = Bench(tasks, all_inputs(tasks), settings.threads, settings.providers)
         self.bounds = Bounds(settings.max_drop, settings.max_bytes, settings.min_speedup, job.plan.originals.macs)
         self.notes = [f"At most {len(job.plan.units)} units can be shared: {job.plan.limit}."]
 
@@ -114,18 +112,18 @@ class Run:
             bytes=stored_bytes(path),
             macs=self.maker.macs(merged),
             tasks=self.judge.score(merged),
-            steps=self.job.settings.steps if losses else 0,
+            steps=job.settings.steps if losses else 0,
             seconds=time.perf_counter() - begun,
             start=None if fitted.start is None else fitted.start.value,
-            shared_layers=sum(len(unit.layers) for unit in self.job.plan.units[:k]),
-            total_layers=len(find_layers(self.job.sharable.reference.model)),
+            shared_layers=sum(len(unit.layers) for unit in job.plan.units[:k]),
+            total_layers=len(find_layers(job.sharable.reference.model)),
             branches={branch.name: branch.units for branch in planned.branches},
             channels=fitted.channels,
             losses=losses,
         )
-        if self.job.settings.measure:
+        if job.settings.measure:
             self._measure(candidate, path)
-        self.job.shelf.put(candidate)
+        job.shelf.put(candidate)
         return candidate
 
     def _measure(self, candidate: Candidate, path: Path) -> None:
