@@ -21,7 +21,7 @@ lint: $(VENV)/.installed
 
 # mypy reads what users get: the three source folders are one package only once installed.
 types: $(VENV)/.installed
-	rm -rf build/types
+	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(abspath pyproject.toml) -p onnxmerge
 

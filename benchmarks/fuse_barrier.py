@@ -19,8 +19,8 @@ from mlps import perceptron
 from scipy.special import log_softmax
 
 from onnxmerge.data import Split
-from onnxmerge.methods.choices import Matching, Rule
-from onnxmerge.methods.fusing import FuseOptions, find_counterparts, fuse_counterparts
+from onnxmerge.methods.fuse.choices import Matching, Rule
+from onnxmerge.methods.fuse.fusing import FuseOptions, find_counterparts, fuse_counterparts
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task
 from onnxmerge.runtime.activations import BATCH, stream

@@ -25,8 +25,8 @@ from pack import resnet50
 from stage_cost import Stages
 
 from onnxmerge.ir.save import save
-from onnxmerge.methods import counterparts, fusing, selecting
 from onnxmerge.methods.align import align_layers
+from onnxmerge.methods.fuse import counterparts, fusing, selecting
 from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task, load_networks, with_data

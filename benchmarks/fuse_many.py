@@ -16,8 +16,8 @@ import markdown
 from fusing import DEEP, SHALLOW, THREADS, accuracy, deviation, ensemble_accuracy, layer_map, tasks
 from mlps import perceptron
 
-from onnxmerge.methods.choices import Rule, Targets
-from onnxmerge.methods.fusing import FuseOptions, fuse_networks
+from onnxmerge.methods.fuse.choices import Rule, Targets
+from onnxmerge.methods.fuse.fusing import FuseOptions, fuse_networks
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task
 

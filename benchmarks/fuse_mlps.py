@@ -16,7 +16,7 @@ from mlps import perceptron
 
 from onnxmerge.errors import ModelError
 from onnxmerge.methods.align import Pair, align_layers
-from onnxmerge.methods.choices import LayerCost, Matching, Rule, Targets
+from onnxmerge.methods.fuse.choices import LayerCost, Matching, Rule, Targets
 from onnxmerge.methods.task import Task
 
 PAIR = {

@@ -34,9 +34,9 @@ from onnxmerge.errors import ModelError
 from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save
 from onnxmerge.methods.calibrating import calibrate_merged
-from onnxmerge.methods.choices import Balance, LayerCost, Matching, Rule, Targets
-from onnxmerge.methods.fuse_plan import Planned, make_fuse_plan
-from onnxmerge.methods.fusing import fuse_networks, kept_network
+from onnxmerge.methods.fuse.choices import Balance, LayerCost, Matching, Rule, Targets
+from onnxmerge.methods.fuse.fusing import fuse_networks, kept_network
+from onnxmerge.methods.fuse.plan import Planned, make_fuse_plan
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Feeds, Task, load_networks, with_data
 from onnxmerge.passes.reinitialise import Reinitialise

@@ -19,7 +19,7 @@ from PIL import Image
 
 from onnxmerge.data import load_dataset
 from onnxmerge.methods.align import align_layers
-from onnxmerge.methods.choices import Matching, Rule
+from onnxmerge.methods.fuse.choices import Matching, Rule
 from onnxmerge.methods.task import Task, input_specs
 
 SOURCES = {

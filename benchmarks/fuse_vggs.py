@@ -38,10 +38,10 @@ from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.save import save
 from onnxmerge.ir.stages import find_steps
 from onnxmerge.methods.align import Pair, align_layers
-from onnxmerge.methods.balance import balance
 from onnxmerge.methods.calibrating import calibrate_merged
-from onnxmerge.methods.choices import Rule
-from onnxmerge.methods.fusing import FuseOptions, fuse_networks
+from onnxmerge.methods.fuse.balance import balance
+from onnxmerge.methods.fuse.choices import Rule
+from onnxmerge.methods.fuse.fusing import FuseOptions, fuse_networks
 from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task, load_networks, with_data

@@ -17,14 +17,14 @@ import markdown
 from datasets import SHARED, cifar
 
 from onnxmerge.ir.spaces import find_spaces
-from onnxmerge.methods.alignment import align, find_sharable
-from onnxmerge.methods.fitting import Fitting
 from onnxmerge.methods.progress import Silent
-from onnxmerge.methods.stem import Stems
-from onnxmerge.methods.structure import Widths
-from onnxmerge.methods.tails import fit_tails
 from onnxmerge.methods.task import load_networks, with_data
-from onnxmerge.methods.zip_choices import Start
+from onnxmerge.methods.zip.alignment import align, find_sharable
+from onnxmerge.methods.zip.choices import Start
+from onnxmerge.methods.zip.fitting import Fitting
+from onnxmerge.methods.zip.stems.stem import Stems
+from onnxmerge.methods.zip.stems.tails import fit_tails
+from onnxmerge.methods.zip.structure import Widths
 
 MODELS = [SHARED / "models" / f"{name}.onnx" for name in ("resnet20_cifar10", "resnet20_cifar100")]
 STAGES = ("nothing", "load", "spaces", "statistics and align", "fuse the stem, k = 4", "fit the tails, k = 4")

@@ -14,7 +14,7 @@ from datasets import CACHE, SHARED, digits
 from matplotlib.figure import Figure
 
 import onnxmerge
-from onnxmerge.methods.zip_choices import Start
+from onnxmerge.methods.zip.choices import Start
 from onnxmerge.report.schema import Candidate
 
 MODELS = [SHARED / "models" / "cnn_mnist.onnx", SHARED / "models" / "cnn_fashion_mnist.onnx"]

@@ -28,7 +28,7 @@ from zipping import Cost, Made, Series, drops, make_all, parser_of, spread
 
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.load import load
-from onnxmerge.methods.zip_choices import Mode
+from onnxmerge.methods.zip.choices import Mode
 from onnxmerge.report.schema import Candidate
 
 FOLDER = CACHE / "zip_five"

@@ -36,10 +36,10 @@ from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save
 from onnxmerge.ir.weights import get_array
-from onnxmerge.methods.alignment import Aligned, Sharable, align, find_sharable
 from onnxmerge.methods.calibrating import calibrate_merged
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
+from onnxmerge.methods.zip.alignment import Aligned, Sharable, align, find_sharable
 from onnxmerge.passes.attach_tails import SHARED, AttachTails
 from onnxmerge.passes.average import Average, Partner
 from onnxmerge.passes.least_squares import solve_least_squares

@@ -16,7 +16,7 @@ from datasets import CACHE, SHARED, cifar
 
 import onnxmerge
 from onnxmerge.calibration.module import GraphModule
-from onnxmerge.methods.zip_choices import Start
+from onnxmerge.methods.zip.choices import Start
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.runtime.session import open_session, run
 

@@ -29,7 +29,7 @@ from onnxmerge.methods.calibrating import calibrate_merged
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import load_networks, task_outputs, with_data
-from onnxmerge.methods.zip import plan_zip
+from onnxmerge.methods.zip.zip import plan_zip
 from onnxmerge.passes.permute import Permute
 from onnxmerge.report.schema import TaskScore
 

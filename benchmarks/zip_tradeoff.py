@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from zip_resnet import HUNDRED, MODELS, TEN
 
 from onnxmerge import ZipSettings, zip_models
-from onnxmerge.methods.plan import Plan
-from onnxmerge.methods.zip import plan_zip
-from onnxmerge.methods.zip_choices import Mode, Start
+from onnxmerge.methods.zip.choices import Mode, Start
+from onnxmerge.methods.zip.plan import Plan
+from onnxmerge.methods.zip.zip import plan_zip
 from onnxmerge.report.schema import Candidate
 
 FOLDER = CACHE / "zip_tradeoff"

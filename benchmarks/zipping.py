@@ -14,11 +14,11 @@ from five_tasks import images
 
 from onnxmerge import ZipSettings, zip_models
 from onnxmerge.methods.measure import Bench
-from onnxmerge.methods.plan import Plan, PlannedCandidate
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import load_networks, with_data
-from onnxmerge.methods.zip import plan_zip
-from onnxmerge.methods.zip_choices import Mode, Start
+from onnxmerge.methods.zip.choices import Mode, Start
+from onnxmerge.methods.zip.plan import Plan, PlannedCandidate
+from onnxmerge.methods.zip.zip import plan_zip
 from onnxmerge.report.schema import Candidate, LatencyRecord, MemoryRecord
 
 FITTED = ZipSettings().starts

@@ -13,27 +13,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxmerge.methods.align import align_models
     from onnxmerge.methods.extract import extract_task
-    from onnxmerge.methods.fuse import fuse_models, plan_fuse
-    from onnxmerge.methods.fuse_settings import FuseSettings
+    from onnxmerge.methods.fuse.fuse import fuse_models, plan_fuse
+    from onnxmerge.methods.fuse.settings import FuseSettings
     from onnxmerge.methods.inspect import inspect_model
-    from onnxmerge.methods.pack import pack_models
+    from onnxmerge.methods.pack.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
-    from onnxmerge.methods.zip import plan_zip, zip_models
-    from onnxmerge.methods.zip_settings import ZipSettings
+    from onnxmerge.methods.zip.settings import ZipSettings
+    from onnxmerge.methods.zip.zip import plan_zip, zip_models
 
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
-    "FuseSettings": "onnxmerge.methods.fuse_settings",
-    "ZipSettings": "onnxmerge.methods.zip_settings",
+    "FuseSettings": "onnxmerge.methods.fuse.settings",
+    "ZipSettings": "onnxmerge.methods.zip.settings",
     "align_models": "onnxmerge.methods.align",
     "extract_task": "onnxmerge.methods.extract",
-    "fuse_models": "onnxmerge.methods.fuse",
+    "fuse_models": "onnxmerge.methods.fuse.fuse",
     "inspect_model": "onnxmerge.methods.inspect",
-    "pack_models": "onnxmerge.methods.pack",
-    "plan_fuse": "onnxmerge.methods.fuse",
-    "plan_zip": "onnxmerge.methods.zip",
+    "pack_models": "onnxmerge.methods.pack.pack",
+    "plan_fuse": "onnxmerge.methods.fuse.fuse",
+    "plan_zip": "onnxmerge.methods.zip.zip",
     "validate_model": "onnxmerge.methods.validate",
-    "zip_models": "onnxmerge.methods.zip",
+    "zip_models": "onnxmerge.methods.zip.zip",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.load import load
 from onnxmerge.ir.stages import find_steps
 from onnxmerge.ir.weights import get_array, set_array
-from onnxmerge.methods.balance import Balanced, balance
+from onnxmerge.methods.fuse.balance import Balanced, balance
 from onnxmerge.passes.collapse import Collapse, Signs, find_signs
 from onnxmerge.passes.ensure_biases import EnsureBiases
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm

@@ -21,15 +21,15 @@ from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.weights import get_array, is_float
-from onnxmerge.methods.alignment import find_sharable
 from onnxmerge.methods.extract import extract_task
-from onnxmerge.methods.fictive import find_sharable_of_any_width, sized_for, with_fictive
-from onnxmerge.methods.weights_mode import share_weights
-from onnxmerge.methods.weights_plan import predicted_bytes
-from onnxmerge.methods.weights_settings import WeightSharing
-from onnxmerge.methods.zip import plan_zip
-from onnxmerge.methods.zip_choices import Mode, Rule
-from onnxmerge.methods.zip_settings import ZipSettings
+from onnxmerge.methods.zip.alignment import find_sharable
+from onnxmerge.methods.zip.choices import Mode, Rule
+from onnxmerge.methods.zip.fictive import find_sharable_of_any_width, sized_for, with_fictive
+from onnxmerge.methods.zip.settings import ZipSettings
+from onnxmerge.methods.zip.weights.plan import predicted_bytes
+from onnxmerge.methods.zip.weights.settings import WeightSharing
+from onnxmerge.methods.zip.weights.share import share_weights
+from onnxmerge.methods.zip.zip import plan_zip
 from onnxmerge.passes.add_fictive import AddFictive
 from onnxmerge.passes.pad_inputs import AddFictiveInputs, Padding, PadInputs
 

@@ -15,11 +15,11 @@ from onnxmerge.errors import ModelError
 from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.spaces import find_spaces
-from onnxmerge.methods.alignment import find_sharable
-from onnxmerge.methods.plan import Plan
 from onnxmerge.methods.task import load_networks
-from onnxmerge.methods.zip import plan_zip
-from onnxmerge.methods.zip_choices import Start
+from onnxmerge.methods.zip.alignment import find_sharable
+from onnxmerge.methods.zip.choices import Start
+from onnxmerge.methods.zip.plan import Plan
+from onnxmerge.methods.zip.zip import plan_zip
 from onnxmerge.passes.fold_adapter import FoldAdapter, reading_place
 from onnxmerge.passes.insert_adapter import InsertAdapter
 from onnxmerge.passes.permute import Permute

@@ -15,7 +15,7 @@ from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import find_spaces
-from onnxmerge.methods.choices import Matching, Rule
+from onnxmerge.methods.fuse.choices import Matching, Rule
 from onnxmerge.passes.permute import Permute
 
 NETS = {"dense": dense, "chain": chain, "residual": residual}

@@ -8,7 +8,7 @@ import pytest
 from graphs import dense
 from typer.testing import CliRunner
 
-import onnxmerge.methods.fuse as fuse_module
+import onnxmerge.methods.fuse.fuse as fuse_module
 from onnxmerge.cli.app import app
 
 

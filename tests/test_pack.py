@@ -659,7 +659,7 @@ def test_weights_beside_the_model_stay_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxmerge.methods.parity as parity
+    import onnxmerge.methods.pack.parity as parity
 
     real: Callable[..., parity.Difference] = parity._difference
     broken = {"largest": 1e-3, "identical": False}

@@ -23,9 +23,9 @@ from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import Space, find_spaces
 from onnxmerge.ir.units import find_units
 from onnxmerge.ir.weights import get_array, set_array
-from onnxmerge.methods.bounds import Bounds
-from onnxmerge.methods.structure import size_of
-from onnxmerge.methods.zip_choices import Start
+from onnxmerge.methods.zip.bounds import Bounds
+from onnxmerge.methods.zip.choices import Start
+from onnxmerge.methods.zip.structure import size_of
 from onnxmerge.passes.attach_tails import AttachTails
 from onnxmerge.passes.join_values import Joined, JoinValues
 from onnxmerge.passes.permute import Permute

@@ -25,16 +25,16 @@ from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.units import find_units
 from onnxmerge.ir.weights import get_array, set_array
-from onnxmerge.methods.alignment import find_sharable
 from onnxmerge.methods.calibrating import feature_taps
 from onnxmerge.methods.check import check_spaces
 from onnxmerge.methods.extract import extract_task
-from onnxmerge.methods.grow_tree import Kept, grow_tree
-from onnxmerge.methods.structure import size_of
 from onnxmerge.methods.task import load_networks
-from onnxmerge.methods.tree import Branch, Forest
-from onnxmerge.methods.zip import plan_zip
-from onnxmerge.methods.zip_choices import Mode, Start
+from onnxmerge.methods.zip.alignment import find_sharable
+from onnxmerge.methods.zip.choices import Mode, Start
+from onnxmerge.methods.zip.stems.grow_tree import Kept, grow_tree
+from onnxmerge.methods.zip.stems.tree import Branch, Forest
+from onnxmerge.methods.zip.structure import size_of
+from onnxmerge.methods.zip.zip import plan_zip
 from onnxmerge.passes.permute import Permute
 from onnxmerge.report.schema import Result
 

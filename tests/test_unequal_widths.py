@@ -19,7 +19,7 @@ from onnxmerge.errors import ModelError
 from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save
 from onnxmerge.ir.weights import get_array, is_float, set_array
-from onnxmerge.methods.choices import Rule
+from onnxmerge.methods.fuse.choices import Rule
 from onnxmerge.methods.task import load_networks
 from onnxmerge.passes.channel_map import ChannelMap, transported_arrays
 from onnxmerge.passes.match_channels import match_by_weights, transport

@@ -14,14 +14,14 @@ from test_weights_mode import BUILDS, error, permuted, samples_of, tasks_of
 import onnxmerge
 from onnxmerge.ir.save import save
 from onnxmerge.ir.weights import get_array
-from onnxmerge.methods.alignment import find_sharable
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task
-from onnxmerge.methods.weights_begun import LOST_NAMES, Begun, lost_names, read_candidate
-from onnxmerge.methods.weights_mode import share_weights
-from onnxmerge.methods.weights_settings import WeightSharing
-from onnxmerge.methods.zip_choices import Mode, Rule
-from onnxmerge.methods.zip_settings import ZipSettings
+from onnxmerge.methods.zip.alignment import find_sharable
+from onnxmerge.methods.zip.choices import Mode, Rule
+from onnxmerge.methods.zip.settings import ZipSettings
+from onnxmerge.methods.zip.weights.begun import LOST_NAMES, Begun, lost_names, read_candidate
+from onnxmerge.methods.zip.weights.settings import WeightSharing
+from onnxmerge.methods.zip.weights.share import share_weights
 
 
 def step_by_step(tasks: list[Task], folder: Path, **given: object) -> list[oir.Model]:

@@ -15,14 +15,14 @@ from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.weights import get_array, is_float, set_array
-from onnxmerge.methods.alignment import Sharable, align, find_sharable
 from onnxmerge.methods.extract import extract_task
 from onnxmerge.methods.progress import Silent
 from onnxmerge.methods.task import Task, load_networks, task_outputs, with_data
-from onnxmerge.methods.weights_mode import Merged, share_weights
-from onnxmerge.methods.weights_plan import Share, find_extent, predicted_bytes
-from onnxmerge.methods.weights_settings import WeightSharing
-from onnxmerge.methods.zip_choices import Pairing, Rule
+from onnxmerge.methods.zip.alignment import Sharable, align, find_sharable
+from onnxmerge.methods.zip.choices import Pairing, Rule
+from onnxmerge.methods.zip.weights.plan import Share, find_extent, predicted_bytes
+from onnxmerge.methods.zip.weights.settings import WeightSharing
+from onnxmerge.methods.zip.weights.share import Merged, share_weights
 from onnxmerge.passes.permute import Permute
 from onnxmerge.passes.refit import weights_and_bias
 from onnxmerge.passes.shared_weights import differences, energies

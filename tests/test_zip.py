@@ -7,9 +7,9 @@ import onnx_ir as oir
 import pytest
 
 import onnxmerge
-from onnxmerge.methods.alignment import find_sharable
-from onnxmerge.methods.stem import Start
 from onnxmerge.methods.task import load_networks
+from onnxmerge.methods.zip.alignment import find_sharable
+from onnxmerge.methods.zip.stems.stem import Start
 from onnxmerge.runtime.session import open_session, run
 
 DEMO = Path(onnxmerge.__file__).parent / "demo"

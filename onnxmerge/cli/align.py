@@ -8,7 +8,7 @@ import typer
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
-from onnxmerge.methods.choices import LayerCost
+from onnxmerge.methods.fuse.choices import LayerCost
 
 
 @reports_errors

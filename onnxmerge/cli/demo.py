@@ -23,9 +23,9 @@ def demo(
     """Zip a digit and a fashion classifier into one network, offline, on the CPU."""
     from importlib.resources import as_file, files
 
-    from onnxmerge.methods.zip import zip_models
-    from onnxmerge.methods.zip_choices import Start
-    from onnxmerge.methods.zip_settings import ZipSettings
+    from onnxmerge.methods.zip.choices import Start
+    from onnxmerge.methods.zip.settings import ZipSettings
+    from onnxmerge.methods.zip.zip import zip_models
 
     with as_file(files("onnxmerge.demo")) as folder, Bars(quiet) as bars:
         tasks = ("digits", "fashion")

@@ -9,10 +9,10 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
-from onnxmerge.methods.choices import Balance, LayerCost, Matching, Rule, Start, Targets
+from onnxmerge.methods.fuse.choices import Balance, LayerCost, Matching, Rule, Start, Targets
 
 if TYPE_CHECKING:
-    from onnxmerge.methods.fuse_plan import FusePlan
+    from onnxmerge.methods.fuse.plan import FusePlan
 
 
 @reports_errors
@@ -105,8 +105,8 @@ def fuse(
     """
     from onnxmerge.data import parse_data_option
     from onnxmerge.methods.candidates import Interrupted
-    from onnxmerge.methods.fuse import fuse_models, plan_fuse
-    from onnxmerge.methods.fuse_settings import FuseSettings
+    from onnxmerge.methods.fuse.fuse import fuse_models, plan_fuse
+    from onnxmerge.methods.fuse.settings import FuseSettings
     from onnxmerge.methods.task import task_names
 
     settings = FuseSettings(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxmerge.errors import UsageError
-from onnxmerge.methods.choices import LayerCost
+from onnxmerge.methods.fuse.choices import LayerCost
 
 if TYPE_CHECKING:
     from onnxmerge.report.schema import Result

@@ -47,7 +47,7 @@ def pack(
 
     The outputs of task T (the file's stem) are called T/output.
     """
-    from onnxmerge.methods.pack import pack_models
+    from onnxmerge.methods.pack.pack import pack_models
 
     with Bars(quiet) as bars:
         result = pack_models(

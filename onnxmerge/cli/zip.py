@@ -9,12 +9,12 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
-from onnxmerge.methods.zip_choices import TREE, Mode, Pairing, Rule, Start
+from onnxmerge.methods.zip.choices import TREE, Mode, Pairing, Rule, Start
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from onnxmerge.methods.structure import Size
+    from onnxmerge.methods.zip.structure import Size
 
 
 @reports_errors
@@ -114,8 +114,8 @@ def zip(
     from onnxmerge.data import parse_data_option
     from onnxmerge.methods.candidates import Interrupted
     from onnxmerge.methods.task import task_names
-    from onnxmerge.methods.zip import plan_zip, zip_models
-    from onnxmerge.methods.zip_settings import ZipSettings
+    from onnxmerge.methods.zip.settings import ZipSettings
+    from onnxmerge.methods.zip.zip import plan_zip, zip_models
 
     names = task_names(models)
     if max_difference is not None and mode is not Mode.WEIGHTS:
@@ -166,7 +166,7 @@ def _print_plan(plan: object, share: str, max_difference: float | None, as_json:
     from rich.console import Console
     from rich.table import Table
 
-    from onnxmerge.methods.plan import Plan
+    from onnxmerge.methods.zip.plan import Plan
 
     assert isinstance(plan, Plan)
     if as_json:

@@ -9,7 +9,7 @@ import numpy as np
 from onnxmerge.data import Split
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.stages import Step, find_steps
-from onnxmerge.methods.choices import LayerCost
+from onnxmerge.methods.fuse.choices import LayerCost
 from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.task import Network, Task, load_networks, with_data

@@ -13,7 +13,7 @@ from onnxmerge.ir.load import read
 from onnxmerge.ir.reach import remove_unneeded
 from onnxmerge.ir.save import save
 from onnxmerge.ir.stored import is_external
-from onnxmerge.methods.pack import claim_file
+from onnxmerge.methods.pack.pack import claim_file
 from onnxmerge.passes.merge_identical_nodes import MergeIdenticalNodes
 from onnxmerge.passes.take_stream import TakeStream
 from onnxmerge.report.provenance import library_versions, sha256

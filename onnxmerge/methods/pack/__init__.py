@@ -1,0 +1,1 @@
+"""Lossless sharing of what is equal."""

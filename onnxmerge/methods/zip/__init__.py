@@ -1,0 +1,1 @@
+"""Networks of different tasks in one: what is shared, how it is fitted, and which of the candidates is chosen."""

@@ -1,0 +1,1 @@
+"""Shared weights under separate streams of activations: zip's second mode."""

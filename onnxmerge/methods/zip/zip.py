@@ -1,0 +1,115 @@
+"""zip: networks with different tasks become one multi-task network that computes their first layers once.
+
+For each candidate of the plan: fuse the first units into one stem, fit each task's tail behind it, calibrate, validate.
+The one that saves most among those that keep the bounds is chosen. Sources: Zippering (Chou et al. 2019) for
+the sequence over k, MTZ (He et al. 2018) for sharing across tasks, PLeaS and RegMean for the least-squares fusion.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from onnxmerge.files import claim_folder, whole_file, write_text
+from onnxmerge.methods.candidates import Interrupted, Shelf
+from onnxmerge.methods.pictures import held_out_pictures
+from onnxmerge.methods.progress import Progress, Silent
+from onnxmerge.methods.task import Task, load_networks, with_data
+from onnxmerge.methods.zip.alignment import find_sharable
+from onnxmerge.methods.zip.choices import TREE, Mode
+from onnxmerge.methods.zip.fictive import find_sharable_of_any_width
+from onnxmerge.methods.zip.fitting import Fitting
+from onnxmerge.methods.zip.job import Job
+from onnxmerge.methods.zip.plan import Plan, as_made, make_plan
+from onnxmerge.methods.zip.run import Run
+from onnxmerge.methods.zip.settings import ZipSettings
+from onnxmerge.report.provenance import sha256
+from onnxmerge.report.schema import Result
+from onnxmerge.report.write import write_report
+
+
+def zip_models(
+    models: Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    settings: ZipSettings | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Zip networks of different tasks into one and write everything to the folder `output`.
+
+    Args:
+        models: the ONNX files, at least two; the first gives the stem its channel order.
+        data: one source for all tasks, or one for each (see `onnxmerge.data`); labels are optional.
+        output: gets merged.onnx, one model for each candidate, plan.json, report.json and report.html.
+        settings: see `ZipSettings`.
+        overwrite: replace the files of an earlier run.
+        resume: keep the candidates of an earlier run with the same recipe and go on.
+        progress: told what is going on.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        UsageError: settings, data or the output folder do not fit, or the networks cannot share their inputs.
+        ModelError: a network cannot be read or holds an operator that cannot be handled.
+        KeyboardInterrupt: after the candidates finished so far have been reported.
+    """
+    settings = settings or ZipSettings()
+    settings.check(len(models))
+    progress = progress or Silent()
+    progress.stage("load")
+    networks = load_networks(models, same_inputs=settings.mode is Mode.COMPUTE)
+    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
+    tasks = with_data(networks, sources, seed=settings.seed)
+    sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
+    plan = make_plan(tasks, sharable, settings.share, settings.widths, settings.sharing, settings.mode)
+    folder = claim_folder(output, overwrite=overwrite or resume)
+    recipe = _recipe(tasks, settings, plan)
+    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+        shelf, own = Shelf(folder, recipe, resume=resume), Path(temporary)
+        fitting = Fitting(settings.samples, settings.seed, settings.threads, own, progress, settings.weights)
+        run = Run(Job(tasks, sharable, plan, settings, fitting, shelf, progress), recipe, own)
+        interrupted = run.make_candidates()
+    result = run.result()
+    (folder / "merged.onnx").unlink(missing_ok=True)
+    if result.chosen is not None:
+        with whole_file(folder / "merged.onnx") as temporary_file:
+            shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
+        result.pictures = held_out_pictures(tasks, folder / "merged.onnx", threads=settings.threads)
+    write_text(folder / "plan.json", as_made(plan, result, tasks, sharable).to_json())
+    write_report(result, folder)
+    if interrupted:
+        raise Interrupted(result)
+    return result
+
+
+def plan_zip(
+    models: Sequence[str | os.PathLike[str]],
+    share: str = "auto",
+    widths: Sequence[float] = (1.0,),
+    sharing: Sequence[float] = (1.0,),
+    mode: Mode = Mode.COMPUTE,
+) -> Plan:
+    """What `zip_models` would share, before any weight is touched; needs no data."""
+    networks = load_networks(models, same_inputs=mode is Mode.COMPUTE)
+    sharable = (find_sharable_of_any_width if mode is Mode.WEIGHTS else find_sharable)(networks)
+    return make_plan(networks, sharable, share, widths, sharing, mode)
+
+
+def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[str, Any]:
+    """Everything that decides what the output is, as plain JSON; paths as given."""
+    return {
+        "method": "zip",
+        "mode": plan.mode,
+        "candidates": [candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates],
+        "models": {task.name: sha256(task.path) for task in tasks},
+        "data": {task.name: task.data.source for task in tasks},
+        "trees": settings.share == TREE,
+        "settings": {name: value for name, value in asdict(settings).items() if name != "share"},
+    }
