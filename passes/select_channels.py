@@ -162,8 +162,8 @@ def _greedy(parts: Sequence[_Part], count: int) -> list[int]:
 
 
 def _score(seen: np.ndarray, left: np.ndarray, least: np.ndarray) -> np.ndarray:
-    alive = left > least
-    return np.where(alive, np.maximum(seen, 0) / np.where(alive, left, 1.0), 0.0)
+    alive = left > np.maximum(least, 0)
+    return np.divide(np.maximum(seen, 0), left, out=np.zeros_like(left), where=alive)
 
 
 def _cholesky(matrix: np.ndarray, least: np.ndarray) -> tuple[list[int], np.ndarray]:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as oir
 from pydantic import ValidationError
 
 from onnxmerge.files import write_text
-from onnxmerge.report.provenance import sha256
+from onnxmerge.ir.save import save
+from onnxmerge.report.provenance import recipe_metadata, sha256
 from onnxmerge.report.schema import Candidate, Result
 
 
@@ -26,12 +28,13 @@ class Shelf:
 
     Args:
         folder: the output folder.
-        recipe: only candidates made by the same recipe are taken again.
+        recipe: every model carries it; only candidates made by the same one are taken again.
         resume: whether earlier ones are looked for at all.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], *, resume: bool):
         self._folder = folder
+        self._recipe = recipe
         self._fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         self._resume = resume
 
@@ -46,16 +49,39 @@ class Shelf:
             return None
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
-            same = stored["fingerprint"] == self._fingerprint and stored["sha256"] == sha256(self.model_path(name))
+            same = stored["fingerprint"] == self._fingerprint and stored["sha256"] == self._hashes(name)
             return Candidate.model_validate(stored["candidate"]) if same else None
         except (KeyError, TypeError, ValueError, ValidationError):
             return None
+
+    def write(self, name: str, model: oir.Model, metadata: Mapping[str, str] | None = None) -> Path:
+        """Write the model of candidate `name`; what it carries of its recipe, and `metadata`, stand in it."""
+        path = self.model_path(name)
+        save(model, path, recipe_metadata(self._recipe) | dict(metadata or {}))
+        return path
 
     def put(self, candidate: Candidate) -> None:
         """Record a finished candidate, whose model is written already."""
         record = {
             "fingerprint": self._fingerprint,
-            "sha256": sha256(self.model_path(candidate.name)),
+            "sha256": self._hashes(candidate.name),
             "candidate": candidate.model_dump(mode="json"),
         }
         write_text(self._folder / f"{candidate.name}.json", json.dumps(record, indent=2) + "\n")
+
+    def choose(self, name: str | None) -> None:
+        """Make candidate `name` the folder's merged.onnx; None: leave it without one."""
+        merged = self.model_path("merged")
+        for old in (merged, _data_of(merged)):
+            old.unlink(missing_ok=True)
+        if name is not None:
+            save(oir.load(self.model_path(name)), merged)
+
+    def _hashes(self, name: str) -> list[str]:
+        """Of a candidate's model, and of the file with its weights where there is one."""
+        path = self.model_path(name)
+        return [sha256(file) for file in (path, _data_of(path)) if file.is_file()]
+
+
+def _data_of(model: Path) -> Path:
+    return model.with_name(f"{model.name}.data")

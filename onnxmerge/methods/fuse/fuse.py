@@ -8,7 +8,6 @@ are never needed: of several candidates the one that agrees best with the ensemb
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +19,10 @@ from typing import Any
 import onnx_ir as oir
 
 from onnxmerge.errors import ModelError
-from onnxmerge.files import claim_folder, whole_file, write_text
+from onnxmerge.files import claim_folder, write_text
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.load import load
-from onnxmerge.ir.save import save, stored_bytes
+from onnxmerge.ir.save import stored_bytes
 from onnxmerge.ir.stages import find_steps
 from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.fuse.choices import Rule, Start, Targets
@@ -84,10 +83,7 @@ def fuse_models(
         run = _Run(planned, weights, settings, Path(temporary), shelf, recipe, progress)
         interrupted = run.make_candidates()
         result = run.result()
-    (folder / "merged.onnx").unlink(missing_ok=True)
-    if result.chosen is not None:
-        with whole_file(folder / "merged.onnx") as temporary_file:
-            shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
+    shelf.choose(result.chosen)
     write_text(folder / "plan.json", planned.plan.to_json())
     write_report(result, folder)
     if interrupted:
@@ -289,8 +285,7 @@ class _Run:
         if model is None:
             return None
         losses = self._calibrate(model) if steps else []
-        path = self.shelf.model_path(attempt.name)
-        save(model, path, {"onnxmerge.method": "fuse", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)})
+        path = self.shelf.write(attempt.name, model)
         self.progress.stage(f"{attempt.name}: measure")
         candidate = Candidate(
             name=attempt.name,

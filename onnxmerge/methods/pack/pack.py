@@ -3,7 +3,6 @@
 Inputs are tied, equal weights stored once, and equal sub-graphs computed once; nothing is approximated.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from onnxmerge.methods.pack.packing import Endpoint, Packed, pack_graphs
 from onnxmerge.methods.pack.parity import Difference, Original, compare
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.task import task_names
-from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.provenance import hardware, library_versions, recipe_metadata, sha256
 from onnxmerge.report.schema import Candidate, InputRecord, Result, TaskScore
 
 TOLERANCE = 1e-5
@@ -157,15 +156,6 @@ def parse_share_inputs(groups: Sequence[str], models: Mapping[str, oir.Model]) -
         taken |= set(group)
         found.append(group)
     return found
-
-
-def recipe_metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """What an output's metadata say of how it was made."""
-    return {
-        "onnxmerge.method": recipe["method"],
-        "onnxmerge.recipe": json.dumps(recipe, sort_keys=True),
-        "onnxmerge.version": library_versions().get("onnxmerge", ""),
-    }
 
 
 def _own_metadata(task: str, model: oir.Model) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxmerge.ir.layers import find_layers, parameter_count
-from onnxmerge.ir.save import save, stored_bytes
+from onnxmerge.ir.save import stored_bytes
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.task import all_inputs
 from onnxmerge.methods.zip.bounds import Bounds
@@ -100,10 +100,8 @@ class Run:
                 losses = job.calibrate(name, fitted.model, fitted.teachers, job.settings.steps)
         else:
             fitted = Fitted(unshared({task.name: task.model for task in job.tasks}), job.tasks)
-        merged, path = fitted.model, job.shelf.model_path(name)
-        metadata = {"onnxmerge.method": "zip", "onnxmerge.recipe": json.dumps(self.recipe, sort_keys=True)}
-        metadata |= {"onnxmerge.share": str(k)} | self.maker.metadata(planned, merged)
-        save(merged, path, metadata)
+        merged = fitted.model
+        path = job.shelf.write(name, merged, {"onnxmerge.share": str(k)} | self.maker.metadata(planned, merged))
         candidate = Candidate(
             name=name,
             share=k,

@@ -6,14 +6,13 @@ the sequence over k, MTZ (He et al. 2018) for sharing across tasks, PLeaS and Re
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onnxmerge.files import claim_folder, whole_file, write_text
+from onnxmerge.files import claim_folder, write_text
 from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.pictures import held_out_pictures
 from onnxmerge.methods.progress import Progress, Silent
@@ -77,10 +76,8 @@ def zip_models(
         run = Run(Job(tasks, sharable, plan, settings, fitting, shelf, progress), recipe, own)
         interrupted = run.make_candidates()
     result = run.result()
-    (folder / "merged.onnx").unlink(missing_ok=True)
+    shelf.choose(result.chosen)
     if result.chosen is not None:
-        with whole_file(folder / "merged.onnx") as temporary_file:
-            shutil.copyfile(shelf.model_path(result.chosen), temporary_file)
         result.pictures = held_out_pictures(tasks, folder / "merged.onnx", threads=settings.threads)
     write_text(folder / "plan.json", as_made(plan, result, tasks, sharable).to_json())
     write_report(result, folder)
