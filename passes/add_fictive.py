@@ -17,8 +17,7 @@ from onnxmerge.errors import ModelError
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.weights import get_array, set_array
-from onnxmerge.passes.prune import Prune
-from onnxmerge.passes.widen import Widen
+from onnxmerge.passes.other_widths import with_widths
 
 _UNBOUNDED = frozenset(("Log", "Reciprocal", "Div", "Pow"))
 """What may make something of a fictive channel that times 0 is not 0."""
@@ -48,15 +47,8 @@ class AddFictive(oir.passes.FunctionalPass):
             return oir.passes.PassResult(model.clone(), modified=False)
         for space in (spaces[name] for name in more):
             self._check_finite(model, {slots.name for slots in space.values})
-        copies = max(-(-width // spaces[name].size) for name, width in more.items()) - 1
-        weights = [1.0] + [0.0] * copies
-        widened: oir.Model = Widen([_zero(model) for _ in range(copies)], weights)(model).model
-        wide = {space.name: space for space in find_spaces(widened).spaces if not space.blocks}
-        missing = sorted(set(more) - set(wide))
-        if missing:
-            raise ModelError(f"the channel space {missing[0]!r} cannot get more channels")
-        keep = {name: np.arange(self.widths.get(name, spaces[name].size)) for name in wide if name in spaces}
-        return oir.passes.PassResult(Prune(keep, wide)(widened).model, modified=True)
+        sizes = {name: space.size for name, space in spaces.items()}
+        return oir.passes.PassResult(with_widths(model, sizes, more, _zero(model), (1.0, 0.0)), modified=True)
 
     def _check_finite(self, model: oir.Model, carriers: set[str]) -> None:
         for node in model.graph:

@@ -14,8 +14,7 @@ from onnxmerge.ir.compose import cut_out, finish
 from onnxmerge.ir.labels import dims, rank
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.ir.weights import add_initializer
-from onnxmerge.passes.prune import Prune
-from onnxmerge.passes.widen import Widen
+from onnxmerge.passes.other_widths import with_widths
 
 _END = "__end"
 
@@ -55,15 +54,8 @@ class SetWidths(oir.passes.FunctionalPass):
         if not changed:
             return oir.passes.PassResult(model.clone(), modified=False)
         closed = self._closed(model)
-        copies = max(-(-width // spaces[space].size) for space, width in changed.items())
-        widened: oir.Model = Widen([closed.clone()] * (copies - 1))(closed).model if copies > 1 else closed
-        wide = {space.name: space for space in find_spaces(widened).spaces}
-        widths = {space: self.widths.get(space, own.size) for space, own in spaces.items() if space in wide}
-        missing = sorted(set(changed) - set(widths))
-        if missing:
-            raise ModelError(f"the channel space {missing[0]!r} cannot get another width")
-        keep = {space: np.arange(width) for space, width in widths.items()}
-        pruned = Prune(keep, wide)(widened).model
+        sizes = {space: own.size for space, own in spaces.items()}
+        pruned = with_widths(closed, sizes, changed, closed, (1.0, 1.0))
         return oir.passes.PassResult(cut_out(pruned, [v.name or "" for v in model.graph.inputs], [name]), modified=True)
 
     def _closed(self, model: oir.Model) -> oir.Model:

@@ -18,7 +18,7 @@ from onnxmerge.methods.fuse.balance import Balanced, balance
 from onnxmerge.passes.collapse import Collapse, Signs, find_signs
 from onnxmerge.passes.ensure_biases import EnsureBiases
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
-from onnxmerge.passes.insert_identity import InsertLike
+from onnxmerge.passes.insert_like import InsertLike
 
 IMAGE = ("N", 3, 10, 10)
 DEEPEST = 5

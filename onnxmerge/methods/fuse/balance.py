@@ -25,7 +25,8 @@ from onnxmerge.ir.correspond import correspond
 from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.stages import Step, find_steps
 from onnxmerge.passes.collapse import Collapse, Estimate, find_signs
-from onnxmerge.passes.insert_identity import ACTIVATIONS, InsertLike
+from onnxmerge.passes.identity_piece import ACTIVATIONS
+from onnxmerge.passes.insert_like import InsertLike
 from onnxmerge.runtime.activations import Samples
 
 

@@ -16,6 +16,7 @@ from onnxmerge.ir.spaces import Space, find_spaces
 from onnxmerge.ir.units import Unit, find_units
 from onnxmerge.methods.pairs import pair_statistics
 from onnxmerge.methods.task import Network, Task
+from onnxmerge.methods.zip.fitting import Fitting
 from onnxmerge.passes.align import Alignment, align_by_activations, matched
 from onnxmerge.passes.fold_adapter import reading_place
 from onnxmerge.report.schema import LayerSimilarity
@@ -179,6 +180,18 @@ def align(
             if ratio is not None:
                 aligned.scales.setdefault(slots.name, np.ones(size, np.float32))[slots.index] = ratio[:, None]
     aligned.similarity = _similarity(sharable, aligned.orders, statistics)
+    return aligned
+
+
+def align_all(sharable: Sharable, tasks: Sequence[Task], fitting: Fitting) -> dict[str, Aligned]:
+    """Align every task but the first with the first."""
+    fitting.progress.stage("align", len(tasks) - 1)
+    aligned = {}
+    for task in tasks[1:]:
+        aligned[task.name] = align(
+            sharable, task, tasks, samples=fitting.samples, seed=fitting.seed, threads=fitting.threads
+        )
+        fitting.progress.advance(task.name)
     return aligned
 
 

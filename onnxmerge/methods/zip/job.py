@@ -10,7 +10,7 @@ from onnxmerge.calibration.settings import Settings
 from onnxmerge.methods.candidates import Shelf
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task, task_outputs
-from onnxmerge.methods.zip.alignment import Aligned, Sharable, align
+from onnxmerge.methods.zip.alignment import Aligned, Sharable, align_all
 from onnxmerge.methods.zip.choices import Start
 from onnxmerge.methods.zip.fictive import with_own_inputs
 from onnxmerge.methods.zip.fitting import Fitting
@@ -47,15 +47,8 @@ class Job:
 
     def align(self, tasks: Sequence[Task]) -> None:
         """Align every one of the tasks with the first, once."""
-        if self.aligned:
-            return
-        self.progress.stage("align", len(tasks) - 1)
-        own = self.settings
-        for task in tasks[1:]:
-            self.aligned[task.name] = align(
-                self.sharable, task, tasks, samples=own.samples, seed=own.seed, threads=own.threads
-            )
-            self.progress.advance(task.name)
+        if not self.aligned:
+            self.aligned = align_all(self.sharable, tasks, self.fitting)
 
     def calibrate(self, name: str, merged: oir.Model, teachers: Sequence[Task], steps: int) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""

@@ -9,7 +9,7 @@ import onnx_ir as oir
 
 from onnxmerge.data import Batch, Dataset, Split
 from onnxmerge.methods.task import Task
-from onnxmerge.methods.zip.alignment import Aligned, Cut, Sharable, align, find_sharable
+from onnxmerge.methods.zip.alignment import Cut, Sharable, align_all, find_sharable
 from onnxmerge.methods.zip.choices import Start
 from onnxmerge.methods.zip.fitting import Fitting
 from onnxmerge.methods.zip.stems.stem import Stems
@@ -63,7 +63,8 @@ class FittedLevel(Level):
         own = None if weights is None else tuple(weights[number] for number in numbers)
         fitting = replace(self._fitting, folder=folder, weights=own)
         sharable = find_sharable(tasks, group.cut)
-        return FittedLevel(tasks, sharable, _stems(tasks, sharable, fitting), fitting, self._start)
+        stems = Stems(sharable, align_all(sharable, tasks, fitting), tasks, fitting)
+        return FittedLevel(tasks, sharable, stems, fitting, self._start)
 
     def _behind(
         self, tasks: Sequence[Task], stem: Stem, cut: Cut, tails: Mapping[str, oir.Model], folder: Path
@@ -104,11 +105,3 @@ class _Kept:
 
     def read(self, rows: np.ndarray) -> Batch:
         return Batch({self._name: self._values[rows]}, None)
-
-
-def _stems(tasks: Sequence[Task], sharable: Sharable, fitting: Fitting) -> Stems:
-    aligned: dict[str, Aligned] = {
-        task.name: align(sharable, task, tasks, samples=fitting.samples, seed=fitting.seed, threads=fitting.threads)
-        for task in tasks[1:]
-    }
-    return Stems(sharable, aligned, tasks, fitting)
