@@ -48,7 +48,7 @@ class Job:
     def align(self, tasks: Sequence[Task]) -> None:
         """Align every one of the tasks with the first, once."""
         if not self.aligned:
-            self.aligned = align_all(self.sharable, tasks, self.fitting)
+            self.aligned.update(align_all(self.sharable, tasks, self.fitting))
 
     def calibrate(self, name: str, merged: oir.Model, teachers: Sequence[Task], steps: int) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""
