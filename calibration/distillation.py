@@ -100,6 +100,7 @@ class Distillation:
         self._data, self._seed = data, settings.seed
         self._batch = _fitting(student, streams, held_out, settings)
         self._judge = Judge(student, streams, held_out, self._batch, settings.seed)
+        self._weights = [stream.weight(data, self._batch) for stream in streams]
         self.skip(0)
 
     @property
@@ -110,8 +111,8 @@ class Distillation:
     def losses(self) -> Iterator[Tensor]:
         """A batch of every stream."""
         self._student.batch_statistics = self._updates
-        for stream, source in zip(self._streams, self._sources, strict=True):
-            yield stream.loss(self._student, next(source))
+        for stream, source, weight in zip(self._streams, self._sources, self._weights, strict=True):
+            yield stream.loss(self._student, next(source), weight)
 
     def skip(self, rounds: int) -> None:
         """Start behind so many batches of every stream."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration import ranks
 from onnxmerge.calibration.best import BestWeights, copy_into
 from onnxmerge.calibration.checkpoint import (
     optimiser_facts,
@@ -34,6 +35,7 @@ class Problem(Protocol):
         """The losses of one step, each on a batch of its own.
 
         Each is back-propagated before the next is asked for, so the values of only one are in memory; gradients add up.
+        Of several processes (`ranks`) each has its share of a batch, and the mean of their losses is that of the batch.
         What is drawn at random comes from torch's generator, which the loop seeds before every step.
         """
 
@@ -164,7 +166,7 @@ class _Loop:
 
     def save(self, checkpoint: Checkpoint, step: int, *, now: bool) -> None:
         """Write the checkpoint, `now` or when it is due."""
-        if not now and time.monotonic() - self._saved < CHECKPOINT_SECONDS:
+        if ranks.rank() or not (now or time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
             return
         parts = {
             "trained": self.problem.trained,
@@ -191,16 +193,18 @@ class _Loop:
         """
         torch.manual_seed(_SEEDS * self.settings.seed + step)
         self._optimiser.zero_grad(set_to_none=True)
-        loss = sum(self._backward() for _ in range(self.settings.accumulate))
+        loss = self._share(sum(self._backward() for _ in range(self.settings.accumulate)))
         self._bound(step, loss)
         self._optimiser.step()
+        ranks.average([tensor for name, tensor in self.problem.trained.items() if name not in self._parameters])
         self.problem.settle(step)
         self._schedule.step()
         return loss
 
     def evaluate(self, step: int) -> float:
         """Measure the held-out loss, and keep the weights if they are the best so far."""
-        loss = self.best.offer(step, self.problem.judge())
+        own = self.problem.judge() if ranks.rank() == 0 else math.nan
+        loss = self.best.offer(step, ranks.first_of(own))
         self.outcome.losses.append((step, loss))
         return loss
 
@@ -222,6 +226,12 @@ class _Loop:
                 loss = loss / self.settings.accumulate
             loss.backward()
             total += loss.item()
+
+    def _share(self, loss: float) -> float:
+        """Average the gradients of all processes, and their losses."""
+        total = torch.tensor(loss)
+        ranks.average([p.grad for p in self._parameters.values() if p.grad is not None] + [total])
+        return loss if ranks.count() == 1 else float(total)
 
     def _bound(self, step: int, loss: float) -> None:
         """Clip the gradients; refuse what is not finite."""
