@@ -13,7 +13,7 @@ from onnxmerge.calibration.module import GraphModule, channels_last
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.data import Batch
 from onnxmerge.errors import ModelError, UsageError
-from onnxmerge.ir.outputs import is_class_shape, may_name_classes
+from onnxmerge.ir.outputs import is_class_shape, may_name_classes, same_but_for_ones
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Objective:
         return losses.cross_entropy(logits.flatten(1), torch.tensor(labels))
 
     def _number_loss(self, z: Tensor, y: Tensor) -> Tensor:
-        if [size for size in z.shape[1:] if size != 1] != [size for size in y.shape[1:] if size != 1]:
+        if not same_but_for_ones(z.shape[1:], y.shape[1:]):
             raise UsageError(
                 f"the labels of task {self.task!r} are numbers of shape {list(y.shape[1:])} for each sample, but its "
                 f"output has {list(z.shape[1:])}"
