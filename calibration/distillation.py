@@ -11,7 +11,7 @@ from onnxmerge.calibration.engine import Outcome, Progress, threads, train
 from onnxmerge.calibration.judge import Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
-from onnxmerge.calibration.settings import Checkpoint, Settings
+from onnxmerge.calibration.settings import Checkpoint, Settings, Training
 from onnxmerge.calibration.sparsity import Absent
 from onnxmerge.calibration.streams import Stream, group
 from onnxmerge.data import Split
@@ -98,7 +98,7 @@ class Distillation:
         self._absent = Absent(student)
         self._updates = settings.norm_statistics == "updating"
         self._data, self._seed = data, settings.seed
-        self._batch = _fitting(student, streams, held_out, settings)
+        self._batch = fitting_batch(student, streams, held_out, settings)
         self._judge = Judge(student, streams, held_out, self._batch, settings.seed)
         self._weights = [stream.weight(data, self._batch) for stream in streams]
         self.skip(0)
@@ -128,7 +128,9 @@ class Distillation:
         self._absent.restore()
 
 
-def _fitting(student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Settings) -> int:
+def fitting_batch(
+    student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Training
+) -> int:
     """The batch size of `settings`, halved until the values of a step fit into `MEMORY`."""
     with torch.no_grad():
         one = sum(stream.bytes_of_one(student, held_out) for stream in streams)

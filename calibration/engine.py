@@ -240,7 +240,7 @@ class _Loop:
         if not (math.isfinite(loss) and bool(norms.isfinite().all())):
             told = norms if self._norms is None else self._norms  # those of the failed step are no numbers themselves
             norm, place = told.nan_to_num(math.inf, math.inf).max(0)
-            what = f"the loss became {loss}" if not math.isfinite(loss) else "a gradient became infinite"
+            what = f"the loss became {loss}" if not math.isfinite(loss) else "a gradient is no longer finite"
             when = "" if self._norms is None else " the step before"
             raise _Failed(
                 f"{what} in step {step}; the largest gradient{when} had the norm {float(norm):.3g}, "

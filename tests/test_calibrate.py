@@ -213,15 +213,9 @@ def test_what_was_learned_before_a_loss_was_no_number_is_kept(
 def test_bad_input_is_one_clear_sentence(arguments: list[str], message: str, work: Path, tmp_path: Path) -> None:
     tiny(work / "wide.onnx", channels=2)
     tiny(work / "many.onnx", classes=7)
-    names = {
-        "a": "a.onnx",
-        "b": "b.onnx",
-        "s": "samples.npz",
-        "gone": "gone.onnx",
-        "floats": "floats-a.npz",
-        "wide": "wide.onnx",
-    }
-    names = {key: str(work / name) for key, name in (names | {"many": "many.onnx"}).items()}
+    files = {"s": "samples.npz", "floats": "floats-a.npz"}
+    files |= {name: f"{name}.onnx" for name in ("a", "b", "gone", "wide", "many")}
+    names = {key: str(work / file) for key, file in files.items()}
     code, _, stderr = onnxmerge(
         *("calibrate", work / "both.onnx", "-o", tmp_path / "out", "--threads", 1, "--steps", 2),
         *(argument.format(**names) for argument in arguments),
