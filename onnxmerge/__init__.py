@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxmerge.calibration.settings import Settings
     from onnxmerge.methods.align import align_models
+    from onnxmerge.methods.calibrate import calibrate_model
     from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.fuse.fuse import fuse_models, plan_fuse
     from onnxmerge.methods.fuse.settings import FuseSettings
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "FuseSettings": "onnxmerge.methods.fuse.settings",
+    "Settings": "onnxmerge.calibration.settings",
     "ZipSettings": "onnxmerge.methods.zip.settings",
     "align_models": "onnxmerge.methods.align",
+    "calibrate_model": "onnxmerge.methods.calibrate",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse.fuse",
     "inspect_model": "onnxmerge.methods.inspect",
@@ -39,8 +43,10 @@ _HOMES = {
 __all__ = [
     "Bounds",
     "FuseSettings",
+    "Settings",
     "ZipSettings",
     "align_models",
+    "calibrate_model",
     "extract_task",
     "fuse_models",
     "inspect_model",

@@ -74,11 +74,11 @@ class ArraySamples:
                 )
             self._check_shape(name, array, spec)
         if labels is not None:
-            self._labels = _class_numbers(source, *labels, first_name, len(first))
+            self._labels = _labels(source, *labels, first_name, len(first))
 
     @property
     def has_labels(self) -> bool:
-        """Whether there are class numbers."""
+        """See `Samples.has_labels`."""
         return self._labels is not None
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class ArraySamples:
                     f"{self._source}: array {name!r} holds NaN or infinity as {spec.dtype} in sample {bad}"
                 )
             inputs[spec.name] = values
-        return Batch(inputs, None if self._labels is None else self._labels[rows])
+        return Batch(inputs, None if self._labels is None else _as_read(self._labels[rows]))
 
     def _check_shape(self, name: str, array: np.ndarray, spec: InputSpec) -> None:
         """Prepare one sample: its shape is what the model would be fed."""
@@ -213,18 +213,42 @@ def _check_type(source: str, name: str, array: np.ndarray, spec: InputSpec, prep
     raise UsageError(f"{where} expects {spec.dtype}")
 
 
-def _class_numbers(source: str, name: str, labels: np.ndarray, samples_name: str, count: int) -> np.ndarray:
-    """Labels as (samples,) int64, checked."""
-    if labels.dtype.kind not in "iu":
-        raise UsageError(f"{source}: array {name!r} is {labels.dtype}, but labels are integers, a class number each")
-    if labels.shape != (count,):
+def _labels(source: str, name: str, labels: np.ndarray, samples_name: str, count: int) -> np.ndarray:
+    """Class numbers (samples,) int64, or numbers (samples, ...) as they are stored; checked."""
+    kind = labels.dtype.kind
+    if kind not in "iuf":
+        raise UsageError(
+            f"{source}: array {name!r} is {labels.dtype}, but labels are integers, a class number each, or floats, "
+            "what the model's first output should be"
+        )
+    if labels.shape[:1] != (count,) or (labels.ndim > 1 and kind != "f"):
         raise UsageError(
             f"{source}: array {name!r} has shape {labels.shape}, but the {count} samples of {samples_name!r} "
-            f"need labels of shape ({count},)"
+            f"need labels of shape ({count},{' ...' if kind == 'f' else ''})"
         )
+    if kind == "f":
+        return _finite(source, name, labels)
     if labels.min() < 0:
         raise UsageError(f"{source}: array {name!r} holds the class number {labels.min()}, but they start from 0")
     return labels.astype(np.int64)
+
+
+def _finite(source: str, name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same; read once, a piece at a time."""
+    rows = max(1, _CHUNK // max(1, numbers.itemsize * numbers[:1].size))
+    for start in range(0, len(numbers), rows):
+        with np.errstate(over="ignore"):
+            piece = _as_read(numbers[start : start + rows])
+        finite = np.isfinite(piece).reshape(len(piece), -1).all(1)
+        if not finite.all():
+            row = start + int(finite.argmin())
+            raise UsageError(f"{source}: array {name!r} holds NaN or infinity as {piece.dtype} in sample {row}")
+    return numbers
+
+
+def _as_read(labels: np.ndarray) -> np.ndarray:
+    """Labels as batches have them."""
+    return labels if labels.dtype == np.int64 else labels.astype(np.float32)
 
 
 def _listed(names: Sequence[str]) -> str:

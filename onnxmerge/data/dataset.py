@@ -33,10 +33,18 @@ class InputSpec:
 
 
 class Batch(NamedTuple):
-    """Some samples: each input's array (samples first) and, where known, the class numbers (samples,) int64."""
+    """Some samples: each input's array (samples first) and, where known, labels.
+
+    Labels are class numbers (samples,) int64, or what the model's first output should be (samples, ...) float32.
+    """
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray | None
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """The labels where they are class numbers."""
+        return self.labels if self.labels is not None and self.labels.dtype.kind == "i" else None
 
 
 class Samples(Protocol):
@@ -44,7 +52,7 @@ class Samples(Protocol):
 
     @property
     def has_labels(self) -> bool:
-        """Whether every sample has a class number."""
+        """Whether every sample has a label."""
 
     def __len__(self) -> int: ...
 
@@ -77,10 +85,11 @@ class Split:
         for start in range(0, len(self), size):
             yield self._samples.read(self._rows[start : start + size])
 
-    def shuffled(self, size: int, seed: int) -> Iterator[Batch]:
+    def shuffled(self, size: int, seed: int, skip: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """Full batches without end, reshuffled each epoch; `size` is clipped to the number of samples.
 
-        What is left over at the end of an epoch waits for a later one.
+        What is left over at the end of an epoch waits for a later one. The first `skip` batches are left out, unread.
+        Of each batch only part number `part[0]`, from 0, of `part[1]` nearly equal ones is read.
         """
         _check_batch_size(size)
         generator = np.random.default_rng(seed)
@@ -88,7 +97,10 @@ class Split:
         while True:
             order = generator.permutation(self._rows)
             for start in range(0, len(order) - size + 1, size):
-                yield self._samples.read(order[start : start + size])
+                if skip:
+                    skip -= 1
+                    continue
+                yield self._samples.read(np.array_split(order[start : start + size], part[1])[part[0]])
 
     def take(self, samples: int, seed: int) -> "Split":
         """A random subset of `samples` samples in the source's order, or all of them when there are no more.

@@ -1,12 +1,14 @@
 """Calibrate a merged model with its originals as teachers: which outputs, inputs and feature taps belong together."""
 
+import time
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as oir
 
+from onnxmerge.calibration.distillation import calibrate
+from onnxmerge.calibration.engine import Done, Outcome
 from onnxmerge.calibration.objective import FeatureTap
-from onnxmerge.calibration.settings import Settings
-from onnxmerge.calibration.trainer import calibrate
+from onnxmerge.calibration.settings import Checkpoint, Settings
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task, merged_inputs
@@ -18,7 +20,8 @@ def calibrate_merged(
     outputs: Mapping[str, Sequence[str]],
     settings: Settings,
     progress: Progress,
-) -> list[tuple[int, float]]:
+    checkpoint: Checkpoint | None = None,
+) -> Outcome:
     """Train `merged` in place; it keeps the weights with the least held-out loss, the start included.
 
     Args:
@@ -27,18 +30,13 @@ def calibrate_merged(
         outputs: what `merged` calls each task's outputs, in order; tasks may have the same (see `calibrate`).
         settings: how long, how fast, and with which losses.
         progress: told of each step.
-
-    Returns:
-        (step, held-out loss), step 0 first.
+        checkpoint: where the run is kept while it is under way.
 
     Raises:
         KeyboardInterrupt: the user stopped it.
         ModelError, UsageError: see `calibrate`.
     """
     names = [value.name or "" for value in merged.graph.inputs]
-
-    def advance(_step: int, _total: int, loss: float | None) -> None:
-        progress.advance("" if loss is None else f"held-out loss {loss:.4f}")
 
     outcome = calibrate(
         merged,
@@ -49,11 +47,44 @@ def calibrate_merged(
         {task.name: task.data.calibration for task in tasks},
         {task.name: task.data.held_out for task in tasks},
         settings,
-        advance,
+        Told(progress),
+        checkpoint,
     )
     if outcome.interrupted:
         raise KeyboardInterrupt
-    return outcome.losses
+    return outcome
+
+
+def remarks(name: str, outcome: Outcome) -> list[str]:
+    """What a report must say of the calibration of `name`: that it ended before its last step, and why."""
+    if outcome.failure is not None:
+        return [f"The calibration of {name} ended early: {outcome.failure}."]
+    if outcome.stopped is not None:
+        return [
+            f"The calibration of {name} ended after step {outcome.stopped}, for the held-out loss had not fallen since "
+            f"step {outcome.best_step}."
+        ]
+    return []
+
+
+class Told:
+    """Tells `progress` of every step: its loss, the last held-out loss, steps in a second."""
+
+    def __init__(self, progress: Progress):
+        self._progress, self._held_out = progress, ""
+        self._begun = time.perf_counter()
+        self._before: int | None = None
+
+    def __call__(self, done: Done) -> None:
+        """See `engine.Progress`."""
+        if self._before is None:
+            self._before = done.step - 1  # taken before the run went on from its checkpoint
+            for _ in range(self._before):
+                self._progress.advance()
+        if done.held_out is not None:
+            self._held_out = f"held-out loss {done.held_out:.4f}, "
+        rate = (done.step - self._before) / max(time.perf_counter() - self._begun, 1e-9)
+        self._progress.advance(f"loss {done.loss:.4f}, {self._held_out}{rate:.3g} steps/s")
 
 
 def feature_taps(merged: oir.Model, tasks: Sequence[Task]) -> list[FeatureTap]:

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as oir
 from pydantic import ValidationError
 
+from onnxmerge.calibration.settings import Checkpoint
 from onnxmerge.files import write_text
 from onnxmerge.ir.save import save
 from onnxmerge.report.provenance import recipe_metadata, sha256
@@ -26,6 +27,8 @@ class Interrupted(KeyboardInterrupt):
 class Shelf:
     """The candidates of one output folder: beside each model `NAME.onnx` a record `NAME.json` with both hashes.
 
+    Of one that is still being calibrated there is only `NAME.checkpoint`.
+
     Args:
         folder: the output folder.
         recipe: every model carries it; only candidates made by the same one are taken again.
@@ -41,6 +44,10 @@ class Shelf:
     def model_path(self, name: str) -> Path:
         """Where the model of candidate `name` is."""
         return self._folder / f"{name}.onnx"
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Where candidate `name` is kept while it is calibrated."""
+        return Checkpoint(self._folder / f"{name}.checkpoint", self._fingerprint, self._resume)
 
     def get(self, name: str) -> Candidate | None:
         """The finished candidate `name` of an earlier run with the same recipe, if it is there and undamaged."""
@@ -68,6 +75,7 @@ class Shelf:
             "candidate": candidate.model_dump(mode="json"),
         }
         write_text(self._folder / f"{candidate.name}.json", json.dumps(record, indent=2) + "\n")
+        self.checkpoint(candidate.name).path.unlink(missing_ok=True)
 
     def choose(self, name: str | None) -> None:
         """Make candidate `name` the folder's merged.onnx; None: leave it without one."""

@@ -177,14 +177,16 @@ def load_networks(paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool 
         raise_opset(model, opset)
     for path, model in zip(paths[1:], models[1:], strict=True):
         _check_inputs(paths[0], models[0], path, model, same_inputs)
-    networks = []
-    for name, path, model in zip(names, paths, models, strict=True):
-        count = parameter_count(model)
-        FoldBatchNorm()(model)
-        EnsureBiases()(model)
-        TransposeGemms()(model)
-        networks.append(Network(name, Path(path), model, count))
-    return networks
+    return [simple_network(*found) for found in zip(names, paths, models, strict=True)]
+
+
+def simple_network(name: str, path: str | os.PathLike[str], model: oir.Model) -> Network:
+    """The network called `name`, read from `path`; `model` is changed: batch norms folded, a bias in every layer."""
+    count = parameter_count(model)
+    FoldBatchNorm()(model)
+    EnsureBiases()(model)
+    TransposeGemms()(model)
+    return Network(name, Path(path), model, count)
 
 
 def with_data(networks: Sequence[Network], sources: Mapping[str, str | os.PathLike[str]], *, seed: int) -> list[Task]:

@@ -284,7 +284,7 @@ class _Run:
         model = attempt.make()
         if model is None:
             return None
-        losses = self._calibrate(model) if steps else []
+        losses = self._calibrate(attempt.name, model) if steps else []
         path = self.shelf.write(attempt.name, model)
         self.progress.stage(f"{attempt.name}: measure")
         candidate = Candidate(
@@ -307,14 +307,18 @@ class _Run:
         self.shelf.put(candidate)
         return candidate
 
-    def _calibrate(self, model: oir.Model) -> list[tuple[int, float]]:
+    def _calibrate(self, name: str, model: oir.Model) -> list[tuple[int, float]]:
         """Train `model` in place towards all originals; the held-out losses."""
-        from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
+        from onnxmerge.methods.calibrating import calibrate_merged, remarks  # torch is loaded only when it is needed
 
         self.progress.stage("calibrate", self.settings.steps)
         names = [value.name or "" for value in model.graph.outputs]
         outputs = {task.name: names for task in self.tasks}
-        return calibrate_merged(model, self.tasks, outputs, self.settings.calibration, self.progress)
+        outcome = calibrate_merged(
+            model, self.tasks, outputs, self.settings.calibration, self.progress, self.shelf.checkpoint(name)
+        )
+        self.notes += remarks(name, outcome)
+        return outcome.losses
 
     def _measure(self, candidate: Candidate, path: Path) -> None:
         if self.candidates:  # all have one architecture

@@ -1,0 +1,288 @@
+"""The training loop: what is trained, and towards what, is the business of a `Problem`."""
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from onnxmerge.calibration import ranks
+from onnxmerge.calibration.best import BestWeights, copy_into
+from onnxmerge.calibration.checkpoint import (
+    optimiser_facts,
+    optimiser_tensors,
+    read_checkpoint,
+    restore_optimiser,
+    write_checkpoint,
+)
+from onnxmerge.calibration.optimisers import make_optimiser
+from onnxmerge.calibration.settings import Checkpoint, Training
+
+
+class Problem(Protocol):
+    """What is trained, and how well it does."""
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """Every tensor that training changes, by name: parameters get gradients, others (statistics) are only kept."""
+
+    def losses(self) -> Iterator[Tensor]:
+        """The losses of one step, each on a batch of its own.
+
+        Each is back-propagated before the next is asked for, so the values of only one are in memory; gradients add up.
+        Of several processes (`ranks`) each has its share of a batch, and the mean of their losses is that of the batch.
+        What is drawn at random comes from torch's generator, which the loop seeds before every step.
+        """
+
+    def skip(self, rounds: int) -> None:
+        """Called before a run goes on: go past the batches that so many calls of `losses` have drawn."""
+
+    def judge(self) -> float:
+        """The held-out loss of the tensors as they are."""
+
+    def settle(self, step: int) -> None:
+        """Called after every step, numbered from 1: here zeros stay zero, and what grows with time grows.
+
+        Whatever depends on time must follow from `step` alone.
+        """
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that was just taken.
+
+    Attributes:
+        step: its number, from 1.
+        steps: of the whole run.
+        loss: what it was trained on.
+        held_out: the held-out loss, where it was measured now.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    held_out: float | None
+
+
+Progress = Callable[[Done], None]
+"""Told of every step."""
+
+
+@dataclass
+class Outcome:
+    """What training did.
+
+    Attributes:
+        best_step: the step whose weights were kept; 0 is the start.
+        losses: (step, held-out loss) in the order of measurement, step 0 first.
+        interrupted: the user stopped it; the best weights until then were kept.
+        failure: a sentence where a loss or gradient was no number and so ended the run.
+        stopped: the step after which early stopping ended the run.
+    """
+
+    best_step: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    interrupted: bool = False
+    failure: str | None = None
+    stopped: int | None = None
+
+
+class _Failed(Exception):
+    """A loss or gradient is no number."""
+
+
+CHECKPOINT_SECONDS = 60
+"""A checkpoint is written at every measurement of the held-out loss, and after this time without one."""
+
+
+def train(
+    problem: Problem, settings: Training, progress: Progress | None = None, checkpoint: Checkpoint | None = None
+) -> Outcome:
+    """Train; the tensors end as they were when judged best, the start included.
+
+    The run ends early when a loss or a gradient is no longer finite (the step is not taken), on an interrupt, and after
+    `settings.patience` evaluations without gain. One that goes on from its checkpoint ends with the very same numbers
+    as one that was never stopped; whoever has kept its result removes the checkpoint.
+
+    Raises:
+        UsageError: the checkpoint cannot be written.
+    """
+    loop = _Loop(problem, settings)
+    outcome, best = loop.outcome, loop.best
+    evaluations = {round(i * settings.steps / settings.evaluations) for i in range(1, settings.evaluations + 1)}
+    try:
+        done = 0 if checkpoint is None else loop.resume(checkpoint)
+        if not done:
+            loop.evaluate(0)
+        with torch.random.fork_rng(devices=()):
+            while done < settings.steps and not loop.has_stalled:
+                done += 1
+                loss = loop.advance(done)
+                held_out = loop.evaluate(done) if done in evaluations else None
+                if checkpoint is not None:
+                    loop.save(checkpoint, done, now=held_out is not None)
+                if progress is not None:
+                    progress(Done(done, settings.steps, loss, held_out))
+        outcome.stopped = done if done < settings.steps else None
+    except _Failed as failed:
+        outcome.failure = f"{failed}; the weights of step {best.step} were kept"
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    best.restore()
+    outcome.best_step = best.step
+    return outcome
+
+
+class _Loop:
+    """A run under way."""
+
+    def __init__(self, problem: Problem, settings: Training):
+        self.problem, self.settings = problem, settings
+        self.outcome, self.best = Outcome(), BestWeights(problem.trained)
+        self._parameters = {n: t for n, t in problem.trained.items() if isinstance(t, torch.nn.Parameter)}
+        self._optimiser, self._schedule = make_optimiser(list(self._parameters.values()), settings)
+        self._bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
+        self._norms: Tensor | None = None
+        self._fingerprint, self._saved = "", time.monotonic()
+
+    def resume(self, checkpoint: Checkpoint) -> int:
+        """Go back to where the checkpoint was written; the steps done, 0 where there is none of this very run."""
+        self._fingerprint = fingerprint(checkpoint.recipe, self.settings, self.problem.trained)
+        found = read_checkpoint(checkpoint.path, self._fingerprint) if checkpoint.resume else None
+        if found is None:
+            return 0
+        tensors, run = found
+        copy_into(self.problem.trained, _under("trained", tensors))
+        self.best.kept, self.best.step, self.best.loss = _under("best", tensors), run["best_step"], run["best_loss"]
+        restore_optimiser(self._optimiser, self._schedule, _under("optimiser", tensors), run["optimiser"])
+        self.outcome.losses = [(step, loss) for step, loss in run["losses"]]
+        self.problem.skip(run["step"] * self.settings.accumulate)
+        return int(run["step"])
+
+    def save(self, checkpoint: Checkpoint, step: int, *, now: bool) -> None:
+        """Write the checkpoint, `now` or when it is due."""
+        if ranks.rank() or not (now or time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
+            return
+        parts = {
+            "trained": self.problem.trained,
+            "best": self.best.kept,
+            "optimiser": optimiser_tensors(self._optimiser),
+        }
+        run = {
+            "fingerprint": self._fingerprint,
+            "step": step,
+            "best_step": self.best.step,
+            "best_loss": self.best.loss,
+            "losses": self.outcome.losses,
+            "optimiser": optimiser_facts(self._optimiser, self._schedule),
+        }
+        tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+        write_checkpoint(checkpoint.path, tensors, run)
+        self._saved = time.monotonic()
+
+    def advance(self, step: int) -> float:
+        """Take one step; returns its loss.
+
+        Raises:
+            _Failed: the loss or a gradient is not finite; nothing was changed.
+        """
+        torch.manual_seed(_SEEDS * self.settings.seed + step)
+        self._optimiser.zero_grad(set_to_none=True)
+        loss = self._share(sum(self._backward() for _ in range(self.settings.accumulate)))
+        self._bound(step, loss)
+        self._optimiser.step()
+        ranks.average([tensor for name, tensor in self.problem.trained.items() if name not in self._parameters])
+        self.problem.settle(step)
+        self._schedule.step()
+        return loss
+
+    def evaluate(self, step: int) -> float:
+        """Measure the held-out loss, and keep the weights if they are the best so far."""
+        own = self.problem.judge() if ranks.rank() == 0 else math.nan
+        loss = self.best.offer(step, ranks.first_of(own))
+        self.outcome.losses.append((step, loss))
+        return loss
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the last `patience` evaluations brought no gain."""
+        since = sum(step > self.best.step for step, _ in self.outcome.losses)
+        return self.settings.patience is not None and since >= self.settings.patience
+
+    def _backward(self) -> float:
+        """Add up the gradients of one round of losses; returns their sum."""
+        total, losses = 0.0, self.problem.losses()
+        while True:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+                loss = next(losses, None)
+            if loss is None:
+                return total
+            if self.settings.accumulate > 1:
+                loss = loss / self.settings.accumulate
+            loss.backward()
+            total += loss.item()
+
+    def _share(self, loss: float) -> float:
+        """Average the gradients of all processes, and their losses."""
+        total = torch.tensor(loss)
+        ranks.average([p.grad for p in self._parameters.values() if p.grad is not None] + [total])
+        return loss if ranks.count() == 1 else float(total)
+
+    def _bound(self, step: int, loss: float) -> None:
+        """Clip the gradients; refuse what is not finite."""
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        norms = torch.stack([gradient.norm() for gradient in gradients.values()]).float()
+        if not (math.isfinite(loss) and bool(norms.isfinite().all())):
+            told = norms if self._norms is None else self._norms  # those of the failed step are no numbers themselves
+            norm, place = told.nan_to_num(math.inf, math.inf).max(0)
+            what = f"the loss became {loss}" if not math.isfinite(loss) else "a gradient is no longer finite"
+            when = "" if self._norms is None else " the step before"
+            raise _Failed(
+                f"{what} in step {step}; the largest gradient{when} had the norm {float(norm):.3g}, "
+                f"of {list(gradients)[int(place)]!r}"
+            )
+        self._norms = norms
+        if self.settings.clip is not None:
+            scale = self.settings.clip / max(float(norms.norm()), self.settings.clip)
+            for gradient in gradients.values():
+                gradient.mul_(scale)
+
+
+_SEEDS = 1_000_003
+"""Steps of two runs with neighbouring seeds draw different numbers, up to this many steps."""
+
+
+def fingerprint(recipe: str, settings: Training, start: Mapping[str, Tensor]) -> str:
+    """Tells runs apart: their recipes, their settings, and what they start from."""
+    digest = hashlib.sha256(f"{recipe}\n{settings}\n".encode())
+    for name, tensor in start.items():
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds under `part`/."""
+    return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` CPU threads (None: as many as before) while this lasts."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers in hardware."""
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it
+    return bool(probe and probe())
