@@ -97,10 +97,15 @@ def test_more_processes_than_samples_in_a_batch_are_refused(work: Path, tmp_path
 
 def test_zip_runs_in_several_processes(work: Path, tmp_path: Path) -> None:
     models = [work / f"{task}.onnx" for task in TASKS]
-    common = ["zip", *models, "--data", work / "samples.npz", "--share", 2, "--steps", 10, "--samples", 50]
+    common = ["zip", *models, "--data", work / "samples.npz", "--steps", 10, "--samples", 50, "--max-drop", 1.0]
     run = torchrun(*common, "--threads", 1, "-o", tmp_path / "out", "--json")
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["chosen"] == "k02" and (tmp_path / "out/merged.onnx").is_file()
+    assert json.loads(run.stdout)["chosen"] == "k02"
+    made = (tmp_path / "out/k02.onnx").read_bytes()
+    (tmp_path / "out/k02.json").unlink()  # one finished candidate is found again by all, the other made again by all
+    again = torchrun(*common, "--threads", 1, "-o", tmp_path / "out", "--json", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out/k02.onnx").read_bytes() == made and (tmp_path / "out/k02.json").is_file()
 
 
 def test_parts_of_a_batch_make_the_batch() -> None:
