@@ -83,6 +83,7 @@ class Outcome:
         interrupted: the user stopped it; the best weights until then were kept.
         failure: a sentence where a loss or gradient was no number and so ended the run.
         stopped: the step after which early stopping ended the run.
+        waited: share of the time in which there were no samples to train on, where that is known.
     """
 
     best_step: int = 0
@@ -90,6 +91,7 @@ class Outcome:
     interrupted: bool = False
     failure: str | None = None
     stopped: int | None = None
+    waited: float = field(default=0.0, compare=False)
 
 
 class _Failed(Exception):

@@ -97,10 +97,15 @@ def test_more_processes_than_samples_in_a_batch_are_refused(work: Path, tmp_path
 
 def test_zip_runs_in_several_processes(work: Path, tmp_path: Path) -> None:
     models = [work / f"{task}.onnx" for task in TASKS]
-    common = ["zip", *models, "--data", work / "samples.npz", "--share", 2, "--steps", 10, "--samples", 50]
+    common = ["zip", *models, "--data", work / "samples.npz", "--steps", 10, "--samples", 50, "--max-drop", 1.0]
     run = torchrun(*common, "--threads", 1, "-o", tmp_path / "out", "--json")
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["chosen"] == "k02" and (tmp_path / "out/merged.onnx").is_file()
+    assert json.loads(run.stdout)["chosen"] == "k02"
+    made = (tmp_path / "out/k02.onnx").read_bytes()
+    (tmp_path / "out/k02.json").unlink()  # one finished candidate is found again by all, the other made again by all
+    again = torchrun(*common, "--threads", 1, "-o", tmp_path / "out", "--json", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out/k02.onnx").read_bytes() == made and (tmp_path / "out/k02.json").is_file()
 
 
 def test_parts_of_a_batch_make_the_batch() -> None:
@@ -118,3 +123,41 @@ def test_parts_of_a_batch_make_the_batch() -> None:
     parts = [split.shuffled(11, 3, part=(rank, 3)) for rank in range(3)]
     for _ in range(12):
         np.testing.assert_array_equal(np.concatenate([next(part) for part in parts]), next(whole))
+
+
+def test_gradients_statistics_and_judgement_are_the_same_in_all_processes(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "from test_engine import Line, settings\n"
+        "from onnxmerge.calibration import ranks\n"
+        "from onnxmerge.calibration.engine import train\n"
+        "class Own(Line):\n"
+        "    def losses(self):\n"
+        "        for loss in super().losses():\n"
+        "            yield loss * (1 + 2 * ranks.rank())\n"
+        "    def settle(self, step):\n"
+        "        self.mean += ranks.rank()\n"  # what only one process saw
+        "    def judge(self):\n"
+        "        return super().judge() if ranks.rank() == 0 else 1 / 0\n"
+        "class Twice(Line):\n"
+        "    def losses(self):\n"
+        "        for loss in super().losses():\n"
+        "            yield 2 * loss\n"
+        "alone, own = Twice(), Own()\n"
+        "how = settings(optimiser='sgd', rate=0.0005)\n"
+        "expected = train(alone, how)\n"
+        "with ranks.joined() as rank:\n"
+        "    outcome = train(own, how)\n"
+        "assert outcome.best_step == 30 and outcome.losses[-1][1] < outcome.losses[0][1]\n"
+        "torch.testing.assert_close(own.weight, alone.weight)\n"
+        "assert own.drawn == alone.drawn\n"
+        # 29 averages: m -> mean of m and m + 1; then the last step's own
+        "torch.testing.assert_close(own.mean, torch.full((3,), 14.5 + rank))\n"
+        "print('rank', rank, 'is well')\n"
+    )
+    run = torchrun(script=script)
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.split("\n"))[1:] == ["rank 0 is well", "rank 1 is well"]
