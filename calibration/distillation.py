@@ -35,6 +35,7 @@ def calibrate(
     settings: Settings,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Train the weights and norm scales of `merged`; it keeps those with the least held-out loss, the start included.
 
@@ -42,7 +43,8 @@ def calibrate(
 
     Each step sums the tasks' losses (`Objective`), each with the weights of `settings`. Where K tasks have the same
     outputs of the merged network, each counts 1/K: the loss is the mean over their teachers, labels count once, and
-    neither the balance between teachers and labels nor the size of a step depends on K. The held-out loss is the same
+    neither the balance between teachers and labels nor the size of a step depends on K. `weights` changes what each
+    task counts, and leaves what all count together. The held-out loss is the same
     without feature maps, so it compares runs with and without taps. Tasks whose `data` and `held_out` are the very same
     objects share one pass through the merged network.
 
@@ -57,6 +59,7 @@ def calibrate(
         settings: see `Settings`.
         progress: told of every step.
         checkpoint: where the run is kept while it is under way.
+        weights: how much each task counts beside the others; None: all alike.
 
     Raises:
         ModelError: an operator has no gradient implementation, or the merged and the original shapes differ.
@@ -64,6 +67,8 @@ def calibrate(
             model, or none of the losses with a weight applies to a task.
     """
     teachers_of = Counter(frozenset(names) for names in outputs.values())
+    counts = weights or dict.fromkeys(teachers, 1.0)
+    mean = sum(counts.values()) / len(counts)
     objectives = [
         Objective(
             task,
@@ -73,7 +78,7 @@ def calibrate(
             inputs[task],
             taps,
             settings,
-            1 / teachers_of[frozenset(outputs[task])],
+            counts[task] / mean / teachers_of[frozenset(outputs[task])],
         )
         for task, teacher in teachers.items()
     ]

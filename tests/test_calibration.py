@@ -198,3 +198,21 @@ def test_pruned_connections_stay_absent(optimiser: str) -> None:
 )
 def test_which_weights_are_sparse(weight: np.ndarray, sparse: bool) -> None:
     assert is_sparse(torch.tensor(weight)) == sparse
+
+
+def test_weights_say_how_much_each_task_counts():
+    def start(**given):
+        return train(merge(), steps=0, **given)[0].losses[0][1]
+
+    alone = [start(weights={task: float(task == chosen) for task in TASKS}) / 2 for chosen in TASKS]
+    assert start() == pytest.approx(sum(alone), rel=1e-6)
+    assert start(weights={"a": 2.0, "b": 1.0}) == pytest.approx(4 / 3 * alone[0] + 2 / 3 * alone[1], rel=1e-6)
+
+
+def test_a_teacher_that_counts_nothing_teaches_nothing():
+    both = {"outputs": {task: {"a/y": "y"} for task in TASKS}}
+    one = {"teachers": {"b": TEACHERS["b"]}, "outputs": {"b": {"a/y": "y"}}, "inputs": {"b": {"x": "x"}}}
+    weighed, alone = merge(), merge()
+    losses = dict(train(weighed, weights={"a": 0.0, "b": 1.0}, **both)[0].losses)
+    assert losses == pytest.approx(dict(train(alone, **one)[0].losses), rel=1e-3)
+    assert losses[60] < 0.6 * losses[0]

@@ -21,6 +21,7 @@ def calibrate_merged(
     settings: Settings,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Outcome:
     """Train `merged` in place; it keeps the weights with the least held-out loss, the start included.
 
@@ -31,6 +32,7 @@ def calibrate_merged(
         settings: how long, how fast, and with which losses.
         progress: told of each step.
         checkpoint: where the run is kept while it is under way.
+        weights: how much each task counts; None: all alike.
 
     Raises:
         KeyboardInterrupt: the user stopped it.
@@ -49,6 +51,7 @@ def calibrate_merged(
         settings,
         Told(progress),
         checkpoint,
+        None if weights is None else {task.name: weight for task, weight in zip(tasks, weights, strict=True)},
     )
     if outcome.interrupted:
         raise KeyboardInterrupt

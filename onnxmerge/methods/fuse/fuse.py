@@ -315,7 +315,13 @@ class _Run:
         names = [value.name or "" for value in model.graph.outputs]
         outputs = {task.name: names for task in self.tasks}
         outcome = calibrate_merged(
-            model, self.tasks, outputs, self.settings.calibration, self.progress, self.shelf.checkpoint(name)
+            model,
+            self.tasks,
+            outputs,
+            self.settings.calibration,
+            self.progress,
+            self.shelf.checkpoint(name),
+            self.weights,
         )
         self.notes += remarks(name, outcome)
         return outcome.losses

@@ -72,7 +72,9 @@ class Job:
             threads=self.settings.threads,
         )
         teachers = [with_own_inputs(task) for task in teachers]
-        outcome = calibrate_merged(merged, teachers, task_outputs(teachers), settings, self.progress, checkpoint)
+        outcome = calibrate_merged(
+            merged, teachers, task_outputs(teachers), settings, self.progress, checkpoint, self.settings.weights
+        )
         self.notes += remarks(name, outcome)
         return outcome.losses
 
