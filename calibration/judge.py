@@ -1,6 +1,5 @@
-"""Judge weights by their loss on held-out data, and keep the best."""
+"""Judge weights by their loss on held-out data."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -46,32 +45,3 @@ class Judge:
                 total += count * float(o.output_loss(values, self._targets[o.task][number], batches[o.task]))
             samples += count
         return total / samples
-
-
-class BestWeights:
-    """A copy of the weights with the least held-out loss so far; at first of the start.
-
-    Attributes:
-        step: the step they come from.
-    """
-
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]):
-        self._parameters, self._least = parameters, math.inf
-        self._keep(0)
-
-    def offer(self, step: int, loss: float) -> float:
-        """Keep the current weights if `loss` is the least so far (NaN never is); returns `loss`."""
-        if loss < self._least:
-            self._least = loss
-            self._keep(step)
-        return loss
-
-    def restore(self) -> None:
-        """Put the best weights back."""
-        with torch.no_grad():
-            for parameter, kept in zip(self._parameters, self._kept, strict=True):
-                parameter.copy_(kept)
-
-    def _keep(self, step: int) -> None:
-        self.step = step
-        self._kept = [parameter.detach().clone() for parameter in self._parameters]

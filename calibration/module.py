@@ -102,7 +102,11 @@ class GraphModule(torch.nn.Module):
 
     def trainable(self, roles: Sequence[str] = (Role.WEIGHT, Role.NORM)) -> list[torch.nn.Parameter]:
         """The parameters of the given roles, in the order of the graph's initializers."""
-        return [getattr(self, self._attribute_of[name]) for name, role in self.roles.items() if role in roles]
+        return list(self.trainable_by_name(roles).values())
+
+    def trainable_by_name(self, roles: Sequence[str] = (Role.WEIGHT, Role.NORM)) -> dict[str, torch.nn.Parameter]:
+        """The same under the names of their initializers."""
+        return {name: getattr(self, self._attribute_of[name]) for name, role in self.roles.items() if role in roles}
 
     def write_back(self, model: onnx_ir.Model) -> None:
         """Put the current parameters into the initializers of the same names, in their own type (float32 as a rule)."""

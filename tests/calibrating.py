@@ -10,9 +10,10 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxmerge.calibration.distillation import calibrate
+from onnxmerge.calibration.engine import Outcome
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.settings import Settings
-from onnxmerge.calibration.trainer import Outcome, calibrate
 from onnxmerge.data import Batch, Split
 
 onnxruntime.set_default_logger_severity(4)

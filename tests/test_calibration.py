@@ -7,11 +7,11 @@ import torch
 from calibrating import INPUTS, OUTPUTS, PIXELS, TASKS, TEACHERS, Memory, merge, network, noise, train, weights
 from onnx import TensorProto, helper
 
+from onnxmerge.calibration.distillation import calibrate
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.calibration.sparsity import is_sparse
-from onnxmerge.calibration.trainer import calibrate
 from onnxmerge.data import Split
 from onnxmerge.errors import ModelError
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxmerge.calibration import losses
+from onnxmerge.calibration.distillation import calibrate
+from onnxmerge.calibration.engine import Outcome
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.settings import Settings
-from onnxmerge.calibration.trainer import Outcome, calibrate
 from onnxmerge.data import Split
 from onnxmerge.errors import UsageError
 from onnxmerge.ir.weights import get_array

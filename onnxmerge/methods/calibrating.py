@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as oir
 
+from onnxmerge.calibration.distillation import calibrate
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.settings import Settings
-from onnxmerge.calibration.trainer import calibrate
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task, merged_inputs

@@ -1,0 +1,127 @@
+"""Fine-tune a merged network with its originals as teachers."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir
+import torch
+from torch import Tensor
+
+from onnxmerge.calibration.engine import Outcome, Progress, threads, train
+from onnxmerge.calibration.judge import Judge
+from onnxmerge.calibration.module import GraphModule
+from onnxmerge.calibration.objective import FeatureTap, Objective
+from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.sparsity import Absent
+from onnxmerge.calibration.streams import Stream, group
+from onnxmerge.data import Split
+
+MEMORY = 2_000_000_000
+"""Bytes that the values of all tasks together may take in a step; gradients and teachers take about as much again."""
+
+
+def calibrate(
+    merged: onnx_ir.Model,
+    teachers: Mapping[str, onnx_ir.Model],
+    outputs: Mapping[str, Mapping[str, str]],
+    inputs: Mapping[str, Mapping[str, str]],
+    taps: Sequence[FeatureTap],
+    data: Mapping[str, Split],
+    held_out: Mapping[str, Split],
+    settings: Settings,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train the weights and norm scales of `merged`; it keeps those with the least held-out loss, the start included.
+
+    A weight of which at least half is zero is taken for a pruned one, and its zeros stay (see `sparsity`).
+
+    Each step sums the tasks' losses (`Objective`), each with the weights of `settings`. Where K tasks have the same
+    outputs of the merged network, each counts 1/K: the loss is the mean over their teachers, labels count once, and
+    neither the balance between teachers and labels nor the size of a step depends on K. The held-out loss is the same
+    without feature maps, so it compares runs with and without taps. Tasks whose `data` and `held_out` are the very same
+    objects share one pass through the merged network.
+
+    Args:
+        merged: the merged network; its initializers are replaced.
+        teachers: each task's original.
+        outputs: for each task, the original's output name for each of the merged model's.
+        inputs: for each task, the original's input name for each of the merged model's.
+        taps: values of the merged model that should equal the originals'.
+        data: each task's samples to train with.
+        held_out: each task's samples to choose the best weights with.
+        settings: see `Settings`.
+        progress: told of every step.
+
+    Raises:
+        ModelError: an operator has no gradient implementation, or the merged and the original shapes differ.
+        UsageError: the data lack an input or labels that are needed, a label is no class, a name is no value of its
+            model, or none of the losses with a weight applies to a task.
+    """
+    teachers_of = Counter(frozenset(names) for names in outputs.values())
+    objectives = [
+        Objective(
+            task,
+            merged,
+            teacher,
+            outputs[task],
+            inputs[task],
+            taps,
+            settings,
+            1 / teachers_of[frozenset(outputs[task])],
+        )
+        for task, teacher in teachers.items()
+    ]
+    student = GraphModule(merged, [name for o in objectives for name in o.outputs])
+    with threads(settings.threads):
+        streams = group(student, objectives, data, held_out)
+        outcome = train(Distillation(student, streams, data, held_out, settings), settings, progress)
+    if outcome.best_step > 0:
+        student.write_back(merged)
+    return outcome
+
+
+class Distillation:
+    """The problem (`engine.Problem`) of matching several teachers, each on its own samples."""
+
+    def __init__(
+        self,
+        student: GraphModule,
+        streams: Sequence[Stream],
+        data: Mapping[str, Split],
+        held_out: Mapping[str, Split],
+        settings: Settings,
+    ):
+        """Run the teachers on the held-out samples."""
+        self._student, self._streams = student, streams
+        self._absent = Absent(student)
+        batch = _fitting(student, streams, held_out, settings)
+        self._judge = Judge(student, streams, held_out, batch, settings.seed)
+        self._sources = [stream.shuffled(data, batch, settings.seed) for stream in streams]
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """The student's weights and norm scales."""
+        return self._student.trainable_by_name()
+
+    def losses(self) -> Iterator[Tensor]:
+        """A batch of every stream."""
+        for stream, source in zip(self._streams, self._sources, strict=True):
+            yield stream.loss(self._student, next(source))
+
+    def judge(self) -> float:
+        """The sum of the tasks' output losses on held-out samples."""
+        return self._judge.loss()
+
+    def settle(self, step: int) -> None:
+        """What was pruned stays absent."""
+        self._absent.restore()
+
+
+def _fitting(student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Settings) -> int:
+    """The batch size of `settings`, halved until the values of a step fit into `MEMORY`."""
+    with torch.no_grad():
+        one = sum(stream.bytes_of_one(student, held_out) for stream in streams)
+    size = settings.batch
+    while size > 1 and size * one > MEMORY:
+        size //= 2
+    return size
