@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.fuse import fuse_models, plan_fuse
     from onnxmerge.methods.fuse_settings import FuseSettings
+    from onnxmerge.methods.gate import GateSettings, gate_models, plan_gate
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "FuseSettings": "onnxmerge.methods.fuse_settings",
+    "GateSettings": "onnxmerge.methods.gate",
     "ZipSettings": "onnxmerge.methods.zip_settings",
     "align_models": "onnxmerge.methods.align",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse",
+    "gate_models": "onnxmerge.methods.gate",
     "inspect_model": "onnxmerge.methods.inspect",
     "pack_models": "onnxmerge.methods.pack",
     "plan_fuse": "onnxmerge.methods.fuse",
+    "plan_gate": "onnxmerge.methods.gate",
     "plan_zip": "onnxmerge.methods.zip",
     "validate_model": "onnxmerge.methods.validate",
     "zip_models": "onnxmerge.methods.zip",
@@ -39,13 +43,16 @@ _HOMES = {
 __all__ = [
     "Bounds",
     "FuseSettings",
+    "GateSettings",
     "ZipSettings",
     "align_models",
     "extract_task",
     "fuse_models",
+    "gate_models",
     "inspect_model",
     "pack_models",
     "plan_fuse",
+    "plan_gate",
     "plan_zip",
     "validate_model",
     "zip_models",

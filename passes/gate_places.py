@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.errors import ModelError
-from onnxmerge.ir.labels import rank
+from onnxmerge.ir.labels import dims, rank
 from onnxmerge.ir.rules.registry import integer, required
 from onnxmerge.ir.space import Slots, Space
 from onnxmerge.ir.spaces import find_spaces
@@ -46,9 +46,10 @@ class GatedSpace:
 
 @dataclass(frozen=True)
 class GatedValue:
-    """A value that layers read through gates: along `axis`, position p has the gate `gate[p]`, or `OPEN`."""
+    """A value of `rank` axes that layers read through gates; position p along `axis` has gate number `gate[p]`."""
 
     name: str
+    rank: int
     axis: int
     gate: np.ndarray
     readers: tuple[oir.Node, ...]
@@ -115,9 +116,9 @@ def reads(node: oir.Node, index: int) -> bool:
     """Whether input `index` of `node` is what a layer reads with its weight, and no depthwise layer."""
     if index != 0 or read_axis(node) is None:
         return False
-    groups, shape = integer(node, "group", 1), required(node, 1).shape
-    assert shape is not None
-    return groups == 1 or groups != (shape[0] if node.op_type == "ConvTranspose" else groups * int(shape[1]))
+    groups, weight = integer(node, "group", 1), dims(required(node, 1))
+    depthwise = weight[0] == groups if node.op_type == "ConvTranspose" else weight[1] == 1
+    return groups == 1 or not depthwise
 
 
 def channel_axis(node: oir.Node) -> int:
@@ -184,5 +185,5 @@ def _gated_values(model: oir.Model, gated: Iterable[GatedSpace]) -> list[GatedVa
         gate = np.full(sizes[name][axis], OPEN)
         for own, slots in carried[name]:
             gate[slots.index] = own.first + np.arange(own.space.size)[:, None]
-        values.append(GatedValue(name, axis, gate, tuple(nodes)))
+        values.append(GatedValue(name, len(sizes[name]), axis, gate, tuple(nodes)))
     return values

@@ -7,7 +7,6 @@ itself (see `gate_places`).
 
 import onnx_ir as oir
 
-from onnxmerge.ir.labels import rank
 from onnxmerge.passes.gate_places import GatePlaces
 
 
@@ -33,7 +32,7 @@ class InsertGates(oir.passes.FunctionalPass):
             readers = [copies[numbers[node]] for node in own.readers]
             value = readers[0].inputs[0]
             assert value is not None
-            shape: list[int | str] = [1] * rank(value)
+            shape: list[int | str] = [1] * own.rank
             shape[0], shape[own.axis] = "gates", len(own.gate)
             gate = oir.Value(name=gate_input(own.name), shape=oir.Shape(shape), type=value.type)
             gated.graph.inputs.append(gate)

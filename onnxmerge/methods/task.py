@@ -63,7 +63,7 @@ class Network:
     Attributes:
         name: prefix of the task's outputs in the merged model.
         path: the file.
-        model: its normal form with batch norms folded.
+        model: its normal form, as a rule with batch norms folded.
         parameters: floating-point numbers in the file's normal form, before folding.
         paddings: by the inputs of the model the zeros that the network's own samples lack.
     """
@@ -158,10 +158,12 @@ def task_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     return names
 
 
-def load_networks(paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool = True) -> list[Network]:
+def load_networks(
+    paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool = True, folded: bool = True
+) -> list[Network]:
     """Load the networks, bring them to one opset, fold their batch norms, and check that they can share their inputs.
 
-    Without `same_inputs` these may have different sizes.
+    Without `same_inputs` these may have different sizes; without `folded` layers stay as they are.
 
     Raises:
         UsageError: fewer than two networks, or their inputs differ.
@@ -180,9 +182,10 @@ def load_networks(paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool 
     networks = []
     for name, path, model in zip(names, paths, models, strict=True):
         count = parameter_count(model)
-        FoldBatchNorm()(model)
-        EnsureBiases()(model)
-        TransposeGemms()(model)
+        if folded:
+            FoldBatchNorm()(model)
+            EnsureBiases()(model)
+            TransposeGemms()(model)
         networks.append(Network(name, Path(path), model, count))
     return networks
 
