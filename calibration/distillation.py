@@ -94,22 +94,25 @@ class Distillation:
         """Run the teachers on the held-out samples."""
         self._student, self._streams = student, streams
         self._absent = Absent(student)
+        self._updates = settings.norm_statistics == "updating"
         batch = _fitting(student, streams, held_out, settings)
         self._judge = Judge(student, streams, held_out, batch, settings.seed)
         self._sources = [stream.shuffled(data, batch, settings.seed) for stream in streams]
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The student's weights and norm scales."""
-        return self._student.trainable_by_name()
+        """The student's weights and norm scales, and the running statistics of its batch norms if they are updated."""
+        return self._student.trainable_by_name() | (self._student.statistics() if self._updates else {})
 
     def losses(self) -> Iterator[Tensor]:
         """A batch of every stream."""
+        self._student.batch_statistics = self._updates
         for stream, source in zip(self._streams, self._sources, strict=True):
             yield stream.loss(self._student, next(source))
 
     def judge(self) -> float:
         """The sum of the tasks' output losses on held-out samples."""
+        self._student.batch_statistics = False
         return self._judge.loss()
 
     def settle(self, step: int) -> None:

@@ -2,17 +2,16 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration.best import BestWeights
+from onnxmerge.calibration.optimisers import make_optimiser
 from onnxmerge.calibration.settings import Training
-
-Progress = Callable[[int, int, float | None], None]
-"""Called with (steps done, steps in all, held-out loss if it was just measured)."""
 
 
 class Problem(Protocol):
@@ -39,6 +38,27 @@ class Problem(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Done:
+    """A step that was just taken.
+
+    Attributes:
+        step: its number, from 1.
+        steps: of the whole run.
+        loss: what it was trained on.
+        held_out: the held-out loss, where it was measured now.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    held_out: float | None
+
+
+Progress = Callable[[Done], None]
+"""Told of every step."""
+
+
 @dataclass
 class Outcome:
     """What training did.
@@ -47,41 +67,43 @@ class Outcome:
         best_step: the step whose weights were kept; 0 is the start.
         losses: (step, held-out loss) in the order of measurement, step 0 first.
         interrupted: the user stopped it; the best weights until then were kept.
+        failure: a sentence where a loss or gradient was no number and so ended the run.
+        stopped: the step after which early stopping ended the run.
     """
 
     best_step: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     interrupted: bool = False
+    failure: str | None = None
+    stopped: int | None = None
+
+
+class _Failed(Exception):
+    """A loss or gradient is no number."""
 
 
 def train(problem: Problem, settings: Training, progress: Progress | None = None) -> Outcome:
     """Train; the tensors end as they were when judged best, the start included.
 
-    A loss that is no longer finite ends the run, and so does an interrupt.
+    The run ends early when a loss or a gradient is no longer finite (the step is not taken), on an interrupt, and after
+    `settings.patience` evaluations without gain.
     """
-    parameters = [tensor for tensor in problem.trained.values() if isinstance(tensor, torch.nn.Parameter)]
-    bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
-    outcome, best = Outcome(), BestWeights(list(problem.trained.values()))
+    loop = _Loop(problem, settings)
+    outcome, best = loop.outcome, loop.best
     evaluations = {round(i * settings.steps / settings.evaluations) for i in range(1, settings.evaluations + 1)}
     try:
-        outcome.losses.append((0, best.offer(0, problem.judge())))
-        optimiser, schedule = _optimiser(parameters, settings)
+        loop.evaluate(0)
         with torch.random.fork_rng(devices=()):
             for step in range(1, settings.steps + 1):
-                torch.manual_seed(_SEEDS * settings.seed + step)
-                optimiser.zero_grad(set_to_none=True)
-                finite = _backward(problem, bfloat16)
-                optimiser.step()
-                problem.settle(step)
-                schedule.step()
-                held_out_loss = None
-                if step in evaluations:
-                    held_out_loss = best.offer(step, problem.judge())
-                    outcome.losses.append((step, held_out_loss))
+                loss = loop.advance(step)
+                held_out = loop.evaluate(step) if step in evaluations else None
                 if progress is not None:
-                    progress(step, settings.steps, held_out_loss)
-                if not finite:
+                    progress(Done(step, settings.steps, loss, held_out))
+                if held_out is not None and loop.has_stalled:
+                    outcome.stopped = step
                     break
+    except _Failed as failed:
+        outcome.failure = f"{failed}; the weights of step {best.step} were kept"
     except KeyboardInterrupt:
         outcome.interrupted = True
     best.restore()
@@ -89,72 +111,79 @@ def train(problem: Problem, settings: Training, progress: Progress | None = None
     return outcome
 
 
-_SEEDS = 1_000_003
-"""Steps of two runs with neighbouring seeds draw different numbers, up to this many steps."""
+class _Loop:
+    """A run under way."""
 
+    def __init__(self, problem: Problem, settings: Training):
+        self.problem, self.settings = problem, settings
+        self.outcome, self.best = Outcome(), BestWeights(problem.trained)
+        self._parameters = {n: t for n, t in problem.trained.items() if isinstance(t, torch.nn.Parameter)}
+        self._optimiser, self._schedule = make_optimiser(list(self._parameters.values()), settings)
+        self._bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
+        self._norms: Tensor | None = None
 
-def _backward(problem: Problem, bfloat16: bool) -> bool:
-    """Add up the gradients of one step's losses; whether all losses were finite."""
-    finite, losses = True, problem.losses()
-    while True:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = next(losses, None)
-        if loss is None:
-            return finite
-        loss.backward()
-        finite = finite and math.isfinite(loss.item())
+    def advance(self, step: int) -> float:
+        """Take one step; returns its loss.
 
-
-class BestWeights:
-    """A copy of the tensors with the least held-out loss so far; at first of the start.
-
-    Attributes:
-        step: the step they come from.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self._tensors, self._least = tensors, math.inf
-        self._keep(0)
-
-    def offer(self, step: int, loss: float) -> float:
-        """Keep the current tensors if `loss` is the least so far (NaN never is); returns `loss`."""
-        if loss < self._least:
-            self._least = loss
-            self._keep(step)
+        Raises:
+            _Failed: the loss or a gradient is not finite; nothing was changed.
+        """
+        torch.manual_seed(_SEEDS * self.settings.seed + step)
+        self._optimiser.zero_grad(set_to_none=True)
+        loss = sum(self._backward() for _ in range(self.settings.accumulate))
+        self._bound(step, loss)
+        self._optimiser.step()
+        self.problem.settle(step)
+        self._schedule.step()
         return loss
 
-    def restore(self) -> None:
-        """Put the best ones back."""
-        with torch.no_grad():
-            for tensor, kept in zip(self._tensors, self._kept, strict=True):
-                tensor.copy_(kept)
+    def evaluate(self, step: int) -> float:
+        """Measure the held-out loss, and keep the weights if they are the best so far."""
+        loss = self.best.offer(step, self.problem.judge())
+        self.outcome.losses.append((step, loss))
+        return loss
 
-    def _keep(self, step: int) -> None:
-        self.step = step
-        self._kept = [tensor.detach().clone() for tensor in self._tensors]
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the last `patience` evaluations brought no gain."""
+        since = sum(step > self.best.step for step, _ in self.outcome.losses)
+        return self.settings.patience is not None and since >= self.settings.patience
+
+    def _backward(self) -> float:
+        """Add up the gradients of one round of losses; returns their sum."""
+        total, losses = 0.0, self.problem.losses()
+        while True:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+                loss = next(losses, None)
+            if loss is None:
+                return total
+            if self.settings.accumulate > 1:
+                loss = loss / self.settings.accumulate
+            loss.backward()
+            total += loss.item()
+
+    def _bound(self, step: int, loss: float) -> None:
+        """Clip the gradients; refuse what is not finite."""
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        norms = torch.stack([gradient.norm() for gradient in gradients.values()]).float()
+        if not (math.isfinite(loss) and bool(norms.isfinite().all())):
+            told = norms if self._norms is None else self._norms  # those of the failed step are no numbers themselves
+            norm, place = told.nan_to_num(math.inf, math.inf).max(0)
+            what = f"the loss became {loss}" if not math.isfinite(loss) else "a gradient became infinite"
+            when = "" if self._norms is None else " the step before"
+            raise _Failed(
+                f"{what} in step {step}; the largest gradient{when} had the norm {float(norm):.3g}, "
+                f"of {list(gradients)[int(place)]!r}"
+            )
+        self._norms = norms
+        if self.settings.clip is not None:
+            scale = self.settings.clip / max(float(norms.norm()), self.settings.clip)
+            for gradient in gradients.values():
+                gradient.mul_(scale)
 
 
-def _optimiser(
-    parameters: Sequence[torch.nn.Parameter], settings: Training
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The optimiser that `settings` name, and its learning rate over the steps."""
-    if settings.optimiser == "sgd":
-        sgd = torch.optim.SGD(parameters, settings.rate, momentum=0.9, weight_decay=5e-4)
-        sixth = max(round(settings.steps / 6), 1)
-        return sgd, torch.optim.lr_scheduler.StepLR(sgd, sixth, gamma=0.5)
-    rates = [settings.rate * _magnitude(parameter) for parameter in parameters]
-    adamw = torch.optim.AdamW([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
-    return adamw, torch.optim.lr_scheduler.OneCycleLR(adamw, rates, total_steps=max(settings.steps, 1))
-
-
-def _magnitude(parameter: Tensor) -> float:
-    """Root mean square of an array, at least 1e-3: Adam's steps are taken relative to it.
-
-    Folded batch norms leave neighbouring layers with weights of very different size (0.007 and 0.6 in one block of a
-    ResNet-20); one absolute rate would wreck the one before it moved the other. Adafactor (Shazeer and Stern 2018)
-    scales its steps alike.
-    """
-    return max(float(parameter.detach().square().mean().sqrt()), 1e-3)
+_SEEDS = 1_000_003
+"""Steps of two runs with neighbouring seeds draw different numbers, up to this many steps."""
 
 
 @contextlib.contextmanager

@@ -34,6 +34,11 @@ def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(z, labels)
 
 
+def squared_error(z: Tensor, y: Tensor) -> Tensor:
+    """mean (z - y)^2 for outputs and targets of any one shape."""
+    return F.mse_loss(z, y)
+
+
 def feature_l1(f: Tensor, f_t: Tensor) -> Tensor:
     """mean |f - f_t| / mean |f_t|: L_d of Zippering MobileNets, eq. 2, made comparable between layers."""
     return (f - f_t).abs().mean() / (f_t.abs().mean() + _TINY)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onnxmerge.calibration.operators import OPERATORS, Attributes
 from onnxmerge.calibration.operators.constants import to_torch
+from onnxmerge.calibration.operators.normalisation import IN_TRAINING
 from onnxmerge.calibration.operators.registry import Operator
 from onnxmerge.calibration.roles import Role, roles
 from onnxmerge.errors import ModelError, UsageError
@@ -20,6 +21,7 @@ class _Step:
 
     label: str
     function: Operator
+    in_training: Operator
     attributes: Attributes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -35,10 +37,11 @@ class _Program:
 class GraphModule(torch.nn.Module):
     """Runs an ONNX graph of opset 13 to 20 in torch; weights and norm scales are its parameters, the rest buffers.
 
-    Batch norms use their running statistics and dropout passes through: the network behaves as it will when deployed.
+    Dropout passes through, and batch norms use their running statistics: the network behaves as it will when deployed.
     Half-precision graphs are computed in float32.
 
     Attributes:
+        batch_statistics: whether batch norms use the statistics of the batch instead, and the running ones follow them.
         outputs: the value names that `forward` returns unless it is asked for others.
         roles: the role of each initializer by name.
     """
@@ -55,6 +58,7 @@ class GraphModule(torch.nn.Module):
         self._graph = model.graph
         self._producers = {value.name: node for node in model.graph for value in node.outputs if value.name}
         self._inputs = {str(value.name) for value in model.graph.inputs} - set(model.graph.initializers)
+        self.batch_statistics = False
         self._programs: dict[tuple[str, ...], _Program] = {}
         self.roles = roles(model.graph)
         self._attribute_of: dict[str, str] = {}
@@ -80,7 +84,8 @@ class GraphModule(torch.nn.Module):
                 raise UsageError(f"the model's input {name!r} is needed and was not given")
             values[name] = inputs[name]
         for step in program.steps:
-            results = _run(step, [values[name] if name else None for name in step.inputs])
+            function = step.in_training if self.batch_statistics else step.function
+            results = _run(step, [values[name] if name else None for name in step.inputs], function)
             values.update(zip(step.outputs, results, strict=False))
             for name in step.finished:
                 values.pop(name, None)
@@ -91,7 +96,7 @@ class GraphModule(torch.nn.Module):
         program, total = self._program(tuple(outputs)), 0
         values = {name: getattr(self, attribute) for name, attribute in self._attribute_of.items()} | dict(inputs)
         for step in program.steps:
-            results = _run(step, [values[name] if name else None for name in step.inputs])
+            results = _run(step, [values[name] if name else None for name in step.inputs], step.function)
             values.update(zip(step.outputs, results, strict=False))
             total += sum(result.nbytes for result in results)
         return total
@@ -108,8 +113,14 @@ class GraphModule(torch.nn.Module):
         """The same under the names of their initializers."""
         return {name: getattr(self, self._attribute_of[name]) for name, role in self.roles.items() if role in roles}
 
+    def statistics(self) -> dict[str, Tensor]:
+        """The running means and variances of batch norms, by the names of their initializers."""
+        return {
+            name: getattr(self, self._attribute_of[name]) for name, role in self.roles.items() if role is Role.STATISTIC
+        }
+
     def write_back(self, model: onnx_ir.Model) -> None:
-        """Put the current parameters into the initializers of the same names, in their own type (float32 as a rule)."""
+        """Put the current parameters and running statistics into the initializers of the same names, in their type."""
         for name, role in self.roles.items():
             if role is not Role.CONSTANT:
                 value = model.graph.initializers[name]
@@ -123,7 +134,7 @@ class GraphModule(torch.nn.Module):
         attribute = f"initializer{len(self._attribute_of)}"
         self._attribute_of[name] = attribute
         tensor = channels_last(tensor)
-        if self.roles[name] is Role.CONSTANT:
+        if self.roles[name] in (Role.CONSTANT, Role.STATISTIC):
             self.register_buffer(attribute, tensor)
         else:
             self.register_parameter(attribute, torch.nn.Parameter(tensor))
@@ -178,6 +189,7 @@ def _prepare(node: onnx_ir.Node, finished: tuple[str, ...]) -> _Step:
     return _Step(
         label=label,
         function=OPERATORS[node.op_type],
+        in_training=IN_TRAINING.get(node.op_type, OPERATORS[node.op_type]),
         attributes=Attributes({name: a.value for name, a in node.attributes.items()}, len(node.outputs)),
         inputs=tuple("" if value is None else str(value.name) for value in node.inputs),
         outputs=tuple(str(value.name) for value in node.outputs),
@@ -185,9 +197,9 @@ def _prepare(node: onnx_ir.Node, finished: tuple[str, ...]) -> _Step:
     )
 
 
-def _run(step: _Step, inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
+def _run(step: _Step, inputs: list[Tensor | None], function: Operator) -> tuple[Tensor, ...]:
     try:
-        result = step.function(step.attributes, *inputs)
+        result = function(step.attributes, *inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{step.label}: {reason}") from error

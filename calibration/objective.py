@@ -46,7 +46,7 @@ class Pair:
 class Objective:
     """The loss of one task, with the weights that `Settings` give its parts.
 
-    KL and cross-entropy are for classifiers (`onnxmerge.ir.outputs`: output [N, classes] or [N, classes, 1, 1]); for
+    KL and classes are for classifiers (`onnxmerge.ir.outputs`: output [N, classes] or [N, classes, 1, 1]); for
     images, boxes and other numbers the logit error, which is for anything, stands alone. A Softmax that ends both
     networks is left out: losses see logits. Nothing of the teacher is run that no weight asks for.
 
@@ -78,7 +78,8 @@ class Objective:
         if not floats:
             raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
         first = next(iter(floats))
-        self._labelled = (_softmax_input(merged, first) or first) if settings.label_weight else None
+        # Classes are told by what goes into a Softmax, numbers by what comes out; which of them labels are, data say.
+        self._labelled = (_softmax_input(merged, first) or first, first) if settings.label_weight else None
         matches = settings.kl_weight or settings.logit_weight
         self._outputs = [_logits(merged, teacher, s, t) for s, t in floats.items()] if matches else []
         self._taps = [_tapped(tap) for tap in taps if tap.task == task] if settings.feature_weight else []
@@ -90,7 +91,7 @@ class Objective:
     def outputs(self) -> list[str]:
         """The merged model's values that the output losses need."""
         matched = [pair.student for pair in self._outputs]
-        return matched if self._labelled is None else list(dict.fromkeys([*matched, self._labelled]))
+        return list(dict.fromkeys([*matched, *(self._labelled or ())]))
 
     @property
     def taps(self) -> list[str]:
@@ -118,11 +119,11 @@ class Objective:
         ]
 
     def output_loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
-        """The weighted logit error and KL, summed over the task's outputs, and cross-entropy at the first of them.
+        """The weighted logit error and KL, summed over the task's outputs, and the label loss at the first of them.
 
         Raises:
             ModelError: the shapes of an output and its target differ.
-            UsageError: labels are needed and missing or no class of the output, or no loss applies to the outputs.
+            UsageError: labels are needed and missing or do not fit the output, or no loss applies to the outputs.
         """
         weights, total = self._settings, torch.zeros(())
         for pair, z_t, variance in zip(self._outputs, targets, self._variances, strict=False):
@@ -134,7 +135,8 @@ class Objective:
                 divergence = losses.kl(z.flatten(1), z_t.flatten(1), weights.temperature)
                 total = total + weights.kl_weight * divergence
         if self._labelled is not None:
-            total = total + weights.label_weight * self._label_loss(values[self._labelled].float(), batch.labels)
+            logits, output = (values[name].float() for name in self._labelled)
+            total = total + weights.label_weight * self._label_loss(logits, output, batch)
         elif not weights.logit_weight:
             self._check_that_kl_applies(values)
         return self._share * total
@@ -181,17 +183,30 @@ class Objective:
                 "classifiers only; give the logit error a weight"
             )
 
-    def _label_loss(self, z: Tensor, labels: np.ndarray | None) -> Tensor:
-        if labels is None:
+    def _label_loss(self, logits: Tensor, output: Tensor, batch: Batch) -> Tensor:
+        if batch.labels is None:
             raise UsageError(f"the data of task {self.task!r} has no labels; calibrate without labels")
-        if not is_class_shape(z.shape):
-            raise UsageError(f"task {self.task!r} is no classifier (output {list(z.shape)}); calibrate without labels")
-        if labels.max() >= z.shape[1]:
+        labels = batch.classes
+        if labels is None:
+            return self._number_loss(output, torch.tensor(batch.labels))
+        if not is_class_shape(logits.shape):
+            raise UsageError(
+                f"task {self.task!r} is no classifier (output {list(logits.shape)}); calibrate without labels"
+            )
+        if labels.max() >= logits.shape[1]:
             raise UsageError(
                 f"the data of task {self.task!r} have the label {labels.max()}, but the classes of its output are "
-                f"0 to {z.shape[1] - 1}"
+                f"0 to {logits.shape[1] - 1}"
             )
-        return losses.cross_entropy(z.flatten(1), torch.tensor(labels))
+        return losses.cross_entropy(logits.flatten(1), torch.tensor(labels))
+
+    def _number_loss(self, z: Tensor, y: Tensor) -> Tensor:
+        if [size for size in z.shape[1:] if size != 1] != [size for size in y.shape[1:] if size != 1]:
+            raise UsageError(
+                f"the labels of task {self.task!r} are numbers of shape {list(y.shape[1:])} for each sample, but its "
+                f"output has {list(z.shape[1:])}"
+            )
+        return losses.squared_error(z, y.reshape(z.shape))
 
 
 def _tapped(tap: FeatureTap) -> Pair:

@@ -6,22 +6,23 @@ import onnx_ir
 
 
 class Role(StrEnum):
-    """`WEIGHT` and `NORM` are learnt; everything else (shapes, pads, running statistics, scalars) is a `CONSTANT`."""
+    """`WEIGHT` and `NORM` are learnt, a `STATISTIC` may follow them; all else (shapes, scalars) is a `CONSTANT`."""
 
     WEIGHT = "weight"
     NORM = "norm"
+    STATISTIC = "statistic"
     CONSTANT = "constant"
 
 
 _SLOTS = {
-    "Conv": (Role.WEIGHT, (1, 2)),
-    "ConvTranspose": (Role.WEIGHT, (1, 2)),
-    "Gemm": (Role.WEIGHT, (0, 1, 2)),
-    "MatMul": (Role.WEIGHT, (0, 1)),
-    "BatchNormalization": (Role.NORM, (1, 2)),
-    "InstanceNormalization": (Role.NORM, (1, 2)),
-    "LayerNormalization": (Role.NORM, (1, 2)),
-    "GroupNormalization": (Role.NORM, (1, 2)),
+    "Conv": {1: Role.WEIGHT, 2: Role.WEIGHT},
+    "ConvTranspose": {1: Role.WEIGHT, 2: Role.WEIGHT},
+    "Gemm": {0: Role.WEIGHT, 1: Role.WEIGHT, 2: Role.WEIGHT},
+    "MatMul": {0: Role.WEIGHT, 1: Role.WEIGHT},
+    "BatchNormalization": {1: Role.NORM, 2: Role.NORM, 3: Role.STATISTIC, 4: Role.STATISTIC},
+    "InstanceNormalization": {1: Role.NORM, 2: Role.NORM},
+    "LayerNormalization": {1: Role.NORM, 2: Role.NORM},
+    "GroupNormalization": {1: Role.NORM, 2: Role.NORM},
 }
 _TAKES_ADDED_BIAS = ("MatMul", "Conv", "ConvTranspose")
 
@@ -39,8 +40,7 @@ def roles(graph: onnx_ir.Graph) -> dict[str, Role]:
 def _role_at(node: onnx_ir.Node, slot: int) -> Role:
     if node.op_type == "Add" and _adds_bias(node, slot):
         return Role.WEIGHT
-    role, slots = _SLOTS.get(node.op_type, (Role.CONSTANT, ()))
-    return role if slot in slots else Role.CONSTANT
+    return _SLOTS.get(node.op_type, {}).get(slot, Role.CONSTANT)
 
 
 def _adds_bias(node: onnx_ir.Node, slot: int) -> bool:

@@ -18,8 +18,18 @@ class Training:
         steps: optimiser steps; 0 leaves the model as it is.
         batch: samples of each task in a step.
         optimiser: "adamw" with a one-cycle schedule; "sgd" as CLAFusion fine-tunes with (table 8): momentum 0.9, weight
-            decay 5e-4, the rate halved after every sixth of the steps.
-        rate: the highest learning rate; for "adamw" as a share of each array's root mean square.
+            decay 5e-4, the rate halved after every sixth of the steps. The next five change one or the other.
+        schedule: "one-cycle" rises to the highest rate and falls to nothing; "milestones" starts from it and multiplies
+            it by `gamma` at each share of the run in `milestones` (none: the rate is constant).
+        momentum: of "sgd".
+        weight_decay: None: 5e-4 for "sgd", 0.01 for "adamw".
+        relative_rate: whether the rate is a share of each array's root mean square; None: it is for "adamw".
+        rate: the highest learning rate.
+        clip: gradients are scaled down to this norm, all arrays together; None: they are not.
+        accumulate: batches of each task in a step; their gradients are averaged.
+        patience: training ends after so many measurements of the held-out loss without gain; None: after `steps`.
+        norm_statistics: "frozen": batch norms use their running statistics, as when deployed; "updating": in training
+            those of the batch, and the running ones, by which the held-out loss is measured, follow them by a tenth.
         seed: order of the samples and choice of those held out.
         evaluations: how often the held-out loss is measured, the start not counted.
         threads: CPU threads; None leaves torch's choice, which is slow where other processes use the same cores.
@@ -31,6 +41,16 @@ class Training:
     batch: int = 64
     optimiser: Literal["adamw", "sgd"] = "adamw"
     rate: float = 1e-2
+    schedule: Literal["one-cycle", "milestones"] | None = None
+    milestones: tuple[float, ...] = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+    gamma: float = 0.5
+    momentum: float = 0.9
+    weight_decay: float | None = None
+    relative_rate: bool | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    patience: int | None = None
+    norm_statistics: Literal["frozen", "updating"] = "frozen"
     seed: int = 0
     evaluations: int = 10
     threads: int | None = None
@@ -42,28 +62,34 @@ class Training:
         Raises:
             UsageError: a number is out of its range, or a choice is none.
         """
-        for name, least in {"steps": 0, "batch": 1, "evaluations": 1}.items():
-            self._check(name, least <= getattr(self, name) < math.inf, f"at least {least}")
-        self._check("rate", 0 < self.rate < math.inf, "above 0")
+        least = {"steps": 0, "batch": 1, "evaluations": 1, "accumulate": 1, "patience": 1, "threads": 1}
+        for name, bound in (least | {"weight_decay": 0}).items():
+            value = getattr(self, name)
+            self._check(name, value is None or bound <= value < math.inf, f"at least {bound}")
+        for name in ("rate", "gamma", "clip"):
+            value = getattr(self, name)
+            self._check(name, value is None or 0 < value < math.inf, "above 0")
+        self._check("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1")
+        self._check("milestones", all(0 < share < 1 for share in self.milestones), "shares of the run, between 0 and 1")
         self._check_choice("optimiser", "adamw", "sgd")
-        if self.threads is not None:
-            self._check("threads", self.threads >= 1, "at least 1")
+        self._check_choice("schedule", "one-cycle", "milestones", None)
+        self._check_choice("norm_statistics", "frozen", "updating")
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise UsageError(f"calibration: {name} must be {wanted}, not {getattr(self, name)!r}")
 
     def _check_choice(self, name: str, *choices: Any) -> None:
-        self._check(name, getattr(self, name) in choices, " or ".join(str(choice) for choice in choices))
+        self._check(name, getattr(self, name) in choices, " or ".join(str(choice) for choice in choices if choice))
 
 
 @dataclass(frozen=True)
 class Settings(Training):
     """How to calibrate.
 
-    The loss of a task is `kl_weight` T^2 KL + `logit_weight` logit error + `label_weight` cross-entropy +
+    The loss of a task is `kl_weight` T^2 KL + `logit_weight` logit error + `label_weight` label loss +
     `feature_weight` feature loss (`onnxmerge.calibration.losses`). What has no weight costs nothing: without
-    cross-entropy no labels are needed, without the others no teacher runs. Distillation after Hinton et al. 2015 is
+    a label loss no labels are needed, without the others no teacher runs. Distillation after Hinton et al. 2015 is
     `kl_weight` = gamma, `label_weight` = 1 - gamma and no other (OTFusion and CLAFusion compare with it); training on
     labels alone is `label_weight` = 1 and no other.
 
@@ -74,7 +100,8 @@ class Settings(Training):
         kl_weight: weight of the KL divergence to the teacher's softened outputs; it applies to classifiers only.
         temperature: softens the logits under the KL loss.
         logit_weight: weight of the normalised squared error of the outputs.
-        label_weight: weight of the cross-entropy with the data's labels.
+        label_weight: weight of the cross-entropy with the data's class numbers, or of the mean squared error where the
+            labels are not integers but what the task's first output should be.
         feature_weight: weight of the mean feature loss over a task's taps; 0 ignores taps.
         feature_norm: "l2" squares the errors of feature maps, "l1" (Zippering MobileNets) does not.
     """

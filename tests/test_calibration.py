@@ -8,6 +8,7 @@ from calibrating import INPUTS, OUTPUTS, PIXELS, TASKS, TEACHERS, Memory, merge,
 from onnx import TensorProto, helper
 
 from onnxmerge.calibration.distillation import calibrate
+from onnxmerge.calibration.engine import Done
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.settings import Settings
@@ -66,8 +67,8 @@ def test_running_statistics_stay() -> None:
 
 
 def test_interruption_keeps_the_best_so_far() -> None:
-    def interrupt(step: int, steps: int, loss: float | None) -> None:
-        if step == 33:
+    def interrupt(done: Done) -> None:
+        if done.step == 33:
             raise KeyboardInterrupt
 
     merged = merge()

@@ -347,7 +347,12 @@ def test_sizes_the_model_leaves_open_are_free(tmp_path):
     [
         (np.arange(4), "array 'labels' has shape (4,), but the 5 samples of 'x' need labels of shape (5,)"),
         (np.zeros((5, 1), int), "array 'labels' has shape (5, 1), but the 5 samples of 'x' need labels of shape (5,)"),
-        (np.zeros(5), "array 'labels' is float64, but labels are integers, a class number each"),
+        (
+            np.zeros(5, bool),
+            "array 'labels' is bool, but labels are integers, a class number each, or floats, "
+            "what the model's first output should be",
+        ),
+        (np.zeros((4, 2)), "array 'labels' has shape (4, 2), but the 5 samples of 'x' need labels of shape (5, ...)"),
         (np.array([0, 1, -1, 2, 3]), "array 'labels' holds the class number -1, but they start from 0"),
     ],
 )

@@ -1,12 +1,14 @@
-"""Normalisations. Running statistics stay what they were: the network is calibrated as it will be run."""
+"""Normalisations. Running statistics stay what they were, unless the operators of `IN_TRAINING` are asked for."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onnxmerge.calibration.operators.registry import Attributes, operator
+from onnxmerge.calibration.operators.registry import Attributes, Operator, operator
 
 EPSILON = 1e-5
+MOMENTUM = 0.1
+"""Running statistics come nearer to those of each batch by this share."""
 
 
 @operator("BatchNormalization")
@@ -14,9 +16,18 @@ def batch_normalisation(
     attributes: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
 ) -> Tensor:
     """`scale (x - mean) / sqrt(variance + epsilon) + bias`, each vector along axis 1."""
-    if attributes.get("training_mode", 0):
-        raise NotImplementedError("training_mode is set; export the network for inference")
-    return F.batch_norm(x, mean, variance, scale, bias, eps=attributes.get("epsilon", EPSILON))
+    return _batch_norm(attributes, x, scale, bias, mean, variance, training=False)
+
+
+def batch_normalisation_in_training(
+    attributes: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
+) -> Tensor:
+    """The same with the batch's own statistics; `mean` and `variance` follow them in place."""
+    return _batch_norm(attributes, x, scale, bias, mean, variance, training=True)
+
+
+IN_TRAINING: dict[str, Operator] = {"BatchNormalization": batch_normalisation_in_training}
+"""Operators that differ while batch statistics are used."""
 
 
 @operator("InstanceNormalization")
@@ -60,6 +71,15 @@ def local_response_normalisation(attributes: Attributes, x: Tensor) -> Tensor:
     nearby = F.avg_pool2d(squares, (size, 1), stride=1).squeeze(1).reshape(x.shape)
     alpha, beta, bias = attributes.get("alpha", 1e-4), attributes.get("beta", 0.75), attributes.get("bias", 1.0)
     return x / (bias + alpha * nearby) ** beta
+
+
+def _batch_norm(
+    attributes: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, training: bool
+) -> Tensor:
+    if attributes.get("training_mode", 0):
+        raise NotImplementedError("training_mode is set; export the network for inference")
+    epsilon = attributes.get("epsilon", EPSILON)
+    return F.batch_norm(x, mean, variance, scale, bias, training=training, momentum=MOMENTUM, eps=epsilon)
 
 
 def _group_norm(x: Tensor, groups: int, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:

@@ -74,11 +74,11 @@ class ArraySamples:
                 )
             self._check_shape(name, array, spec)
         if labels is not None:
-            self._labels = _class_numbers(source, *labels, first_name, len(first))
+            self._labels = _labels(source, *labels, first_name, len(first))
 
     @property
     def has_labels(self) -> bool:
-        """Whether there are class numbers."""
+        """See `Samples.has_labels`."""
         return self._labels is not None
 
     def __len__(self) -> int:
@@ -106,7 +106,15 @@ class ArraySamples:
                     f"{self._source}: array {name!r} holds NaN or infinity as {spec.dtype} in sample {bad}"
                 )
             inputs[spec.name] = values
-        return Batch(inputs, None if self._labels is None else self._labels[rows])
+        return Batch(inputs, None if self._labels is None else self._labels_of(rows, self._labels))
+
+    def _labels_of(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        if labels.dtype.kind == "i":
+            return labels[rows]
+        numbers = labels[rows].astype(np.float32)
+        if not np.isfinite(numbers).all():
+            raise UsageError(f"{self._source}: the labels hold NaN or infinity among the samples {rows.tolist()[:10]}")
+        return numbers
 
     def _check_shape(self, name: str, array: np.ndarray, spec: InputSpec) -> None:
         """Prepare one sample: its shape is what the model would be fed."""
@@ -213,15 +221,21 @@ def _check_type(source: str, name: str, array: np.ndarray, spec: InputSpec, prep
     raise UsageError(f"{where} expects {spec.dtype}")
 
 
-def _class_numbers(source: str, name: str, labels: np.ndarray, samples_name: str, count: int) -> np.ndarray:
-    """Labels as (samples,) int64, checked."""
-    if labels.dtype.kind not in "iu":
-        raise UsageError(f"{source}: array {name!r} is {labels.dtype}, but labels are integers, a class number each")
-    if labels.shape != (count,):
+def _labels(source: str, name: str, labels: np.ndarray, samples_name: str, count: int) -> np.ndarray:
+    """Class numbers (samples,) int64, or numbers (samples, ...) as they are stored; checked."""
+    kind = labels.dtype.kind
+    if kind not in "iuf":
+        raise UsageError(
+            f"{source}: array {name!r} is {labels.dtype}, but labels are integers, a class number each, or floats, "
+            "what the model's first output should be"
+        )
+    if labels.shape[:1] != (count,) or (labels.ndim > 1 and kind != "f"):
         raise UsageError(
             f"{source}: array {name!r} has shape {labels.shape}, but the {count} samples of {samples_name!r} "
-            f"need labels of shape ({count},)"
+            f"need labels of shape ({count},{' ...' if kind == 'f' else ''})"
         )
+    if kind == "f":
+        return labels
     if labels.min() < 0:
         raise UsageError(f"{source}: array {name!r} holds the class number {labels.min()}, but they start from 0")
     return labels.astype(np.int64)

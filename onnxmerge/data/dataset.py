@@ -33,10 +33,18 @@ class InputSpec:
 
 
 class Batch(NamedTuple):
-    """Some samples: each input's array (samples first) and, where known, the class numbers (samples,) int64."""
+    """Some samples: each input's array (samples first) and, where known, labels.
+
+    Labels are class numbers (samples,) int64, or what the model's first output should be (samples, ...) float32.
+    """
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray | None
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """The labels where they are class numbers."""
+        return self.labels if self.labels is not None and self.labels.dtype.kind == "i" else None
 
 
 class Samples(Protocol):
@@ -44,7 +52,7 @@ class Samples(Protocol):
 
     @property
     def has_labels(self) -> bool:
-        """Whether every sample has a class number."""
+        """Whether every sample has a label."""
 
     def __len__(self) -> int: ...
 

@@ -1,10 +1,12 @@
 """Calibrate a merged model with its originals as teachers: which outputs, inputs and feature taps belong together."""
 
+import time
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as oir
 
 from onnxmerge.calibration.distillation import calibrate
+from onnxmerge.calibration.engine import Done
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.ir.units import find_units
@@ -37,9 +39,6 @@ def calibrate_merged(
     """
     names = [value.name or "" for value in merged.graph.inputs]
 
-    def advance(_step: int, _total: int, loss: float | None) -> None:
-        progress.advance("" if loss is None else f"held-out loss {loss:.4f}")
-
     outcome = calibrate(
         merged,
         {task.name: task.model for task in tasks},
@@ -49,11 +48,25 @@ def calibrate_merged(
         {task.name: task.data.calibration for task in tasks},
         {task.name: task.data.held_out for task in tasks},
         settings,
-        advance,
+        Told(progress),
     )
     if outcome.interrupted:
         raise KeyboardInterrupt
     return outcome.losses
+
+
+class Told:
+    """Tells `progress` of every step: its loss, the last held-out loss, steps in a second."""
+
+    def __init__(self, progress: Progress):
+        self._progress, self._begun, self._held_out = progress, time.perf_counter(), ""
+
+    def __call__(self, done: Done) -> None:
+        """See `engine.Progress`."""
+        if done.held_out is not None:
+            self._held_out = f"held-out loss {done.held_out:.4f}, "
+        rate = done.step / max(time.perf_counter() - self._begun, 1e-9)
+        self._progress.advance(f"loss {done.loss:.4f}, {self._held_out}{rate:.3g} steps/s")
 
 
 def feature_taps(merged: oir.Model, tasks: Sequence[Task]) -> list[FeatureTap]:

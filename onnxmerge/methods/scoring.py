@@ -103,8 +103,8 @@ def compare(
     tally.may_classify = may_name_classes(merged, names[0])
     ours = stream(merged, merged_samples, names, threads=threads)
     for batch, ran, expected in zip(split.batches(BATCH), ours, original, strict=True):
-        _check_labels(batch.labels, expected[original_names[0]], original_names[0])
-        tally.update([ran[n] for n in names], [expected[n] for n in original_names], batch.labels)
+        _check_labels(batch.classes, expected[original_names[0]], original_names[0])
+        tally.update([ran[n] for n in names], [expected[n] for n in original_names], batch.classes)
     return tally
 
 
