@@ -132,7 +132,7 @@ class _Fitting:
     def __init__(
         self, module: GraphModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
     ):
-        self._module = module
+        self._module, self._updates = module, settings.norm_statistics == "updating"
         streams = [Stream((objective,)) for objective in objectives]
         held_out = {source.name: source.held_out for source in sources}
         self._judge = Judge(module, streams, held_out, settings.batch, settings.seed)
@@ -143,16 +143,18 @@ class _Fitting:
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The weights and norm scales."""
-        return self._module.trainable_by_name()
+        """The weights and norm scales, and the running statistics of batch norms if they are updated."""
+        return self._module.trainable_by_name() | (self._module.statistics() if self._updates else {})
 
     def losses(self) -> Iterator[Tensor]:
         """A batch of every source."""
+        self._module.batch_statistics = self._updates
         for stream, batches in self._samples:
             yield stream.loss(self._module, next(batches))
 
     def judge(self) -> float:
         """The mean of the sources' held-out losses."""
+        self._module.batch_statistics = False
         return self._judge.loss()
 
     def settle(self, step: int) -> None:

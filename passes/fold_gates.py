@@ -22,10 +22,10 @@ class FoldGates(oir.passes.FunctionalPass):
 
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """A copy of the model with the gates in its weights."""
-        folded = model.clone()
+        folded, nodes = model.clone(), list(model.graph)
         for own in self.places.values:
             factors = np.where(own.gate == OPEN, 1.0, self.gates[own.gate])
-            for node in own.readers:
+            for node in (nodes[number] for number in own.readers):
                 weight = folded.graph.initializers[required(node, 1).name or ""]
                 set_array(weight, _scaled(node, get_array(weight), factors))
         return oir.passes.PassResult(folded, modified=bool(self.places.values))

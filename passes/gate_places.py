@@ -52,7 +52,8 @@ class GatedValue:
     rank: int
     axis: int
     gate: np.ndarray
-    readers: tuple[oir.Node, ...]
+    readers: tuple[int, ...]
+    """Of these layers, by the number of each among the nodes."""
 
 
 @dataclass(frozen=True)
@@ -175,15 +176,17 @@ def _gated_values(model: oir.Model, gated: Iterable[GatedSpace]) -> list[GatedVa
     for own in gated:
         for slots in own.space.values:
             carried.setdefault(slots.name, []).append((own, slots))
-    sizes, readers = sizes_of(model), dict[str, list[oir.Node]]()
-    for node in model.graph:
-        if reads(node, 0) and required(node, 0).name in carried:
-            readers.setdefault(required(node, 0).name or "", []).append(node)
+    sizes, readers, axes = sizes_of(model), dict[str, list[int]](), dict[str, int]()
+    for number, node in enumerate(model.graph):
+        name = node.inputs[0].name if node.inputs and node.inputs[0] is not None else None
+        if name in carried and reads(node, 0):
+            readers.setdefault(name, []).append(number)
+            axes[name] = channel_axis(node)
     values = []
-    for name, nodes in readers.items():
-        axis = channel_axis(nodes[0])
+    for name, numbers in readers.items():
+        axis = axes[name]
         gate = np.full(sizes[name][axis], OPEN)
         for own, slots in carried[name]:
             gate[slots.index] = own.first + np.arange(own.space.size)[:, None]
-        values.append(GatedValue(name, len(sizes[name]), axis, gate, tuple(nodes)))
+        values.append(GatedValue(name, len(sizes[name]), axis, gate, tuple(numbers)))
     return values

@@ -26,10 +26,9 @@ class InsertGates(oir.passes.FunctionalPass):
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """A gated copy of the model."""
         gated = model.clone()
-        numbers = {node: number for number, node in enumerate(model.graph)}
-        copies = list(gated.graph)
+        nodes = list(gated.graph)
         for own in self.places.values:
-            readers = [copies[numbers[node]] for node in own.readers]
+            readers = [nodes[number] for number in own.readers]
             value = readers[0].inputs[0]
             assert value is not None
             shape: list[int | str] = [1] * own.rank

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as oir
@@ -33,6 +33,9 @@ from onnxmerge.passes.prune import Prune
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import GatedSpace, Result
 from onnxmerge.report.write import write_report
+
+if TYPE_CHECKING:
+    from onnxmerge.calibration.engine import Outcome
 
 
 def gate_models(
@@ -167,14 +170,14 @@ class _Run:
     def _prune(self) -> None:
         """Learn the gates and keep the best channels."""
         from onnxmerge.calibration.gating import learn_gates  # torch is loaded only when it is needed
+        from onnxmerge.methods.calibrating import Told
 
         begun, places, steps = time.perf_counter(), self.planned.places, self.settings.gate_steps
         self.progress.stage("learn the gates", steps)
         widened = self.planned.widened.clone()
-        training = self.settings.training(steps, labels=self.labels)
-        learned = learn_gates(widened, places, self._sources(), training, self._advance)
-        if learned.outcome.interrupted:
-            raise KeyboardInterrupt
+        training = self.settings.learning(labels=self.labels)
+        learned = learn_gates(widened, places, self._sources(), training, Told(self.progress))
+        self._finished(learned.outcome)
         kept = places.kept(learned.log_alpha)
         gates = np.where(places.closed(kept), 0.0, learned.gates)
         folded = FoldGates(places, gates)(widened).model
@@ -198,11 +201,12 @@ class _Run:
 
     def _fine_tune(self) -> None:
         from onnxmerge.calibration.gating import fine_tune
+        from onnxmerge.methods.calibrating import Told
 
         begun, student = time.perf_counter(), self.made.model("pruned")
         self.progress.stage("fine-tune", self.settings.steps)
-        training = self.settings.training(self.settings.steps, labels=self.labels)
-        outcome = fine_tune(student, self._sources(), training, self._advance)
+        training = self.settings.tuning(labels=self.labels)
+        outcome = fine_tune(student, self._sources(), training, Told(self.progress))
         if outcome.interrupted:
             raise KeyboardInterrupt
         self.made.add("student", student, start="pruned", steps=self.settings.steps, losses=outcome.losses, begun=begun)
@@ -217,8 +221,12 @@ class _Run:
             for task in owners
         ]
 
-    def _advance(self, _step: int, _total: int, loss: float | None) -> None:
-        self.progress.advance("" if loss is None else f"held-out loss {loss:.4f}")
+    def _finished(self, outcome: "Outcome") -> None:
+        """Note what ended training early; an interrupt ends the run."""
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+        if outcome.failure is not None:
+            self.made.notes.append(f"Training ended early: {outcome.failure}.")
 
     def plan(self) -> GatePlan:
         """The plan, with what was kept as far as that is known."""

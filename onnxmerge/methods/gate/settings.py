@@ -1,6 +1,7 @@
 """Everything that can be set for gate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.errors import UsageError
@@ -17,7 +18,10 @@ class GateSettings:
         steps: steps of fine-tuning after pruning; 0: none.
         labels: learn from the data's labels; None: where all data have some. Without them the networks' mean teaches.
         batch: samples of each data set in a step.
-        rate: highest learning rate, relative to each array's root mean square.
+        optimiser: "adamw", its rate relative to each array's root mean square and in one cycle; or "sgd", at a constant
+            rate while gates are learned.
+        rate: highest learning rate.
+        milestones: of "sgd": at these shares of fine-tuning the rate is divided by ten.
         max_drop: largest loss of the result against the worst original; None: no bound.
         seed: of everything drawn at random.
         threads: for onnxruntime and torch.
@@ -30,7 +34,9 @@ class GateSettings:
     steps: int = 1000
     labels: bool | None = None
     batch: int = 64
+    optimiser: Literal["adamw", "sgd"] = "adamw"
     rate: float = 1e-2
+    milestones: tuple[float, ...] = ()
     max_drop: float | None = None
     seed: int = 0
     threads: int | None = None
@@ -48,12 +54,26 @@ class GateSettings:
         if self.gate_steps < 1:
             raise UsageError(f"--gate-steps {self.gate_steps}: at least 1 is needed to choose channels")
 
-    def training(self, steps: int, *, labels: bool) -> Settings:
-        """What the trainer is told for `steps` steps."""
+    def learning(self, *, labels: bool) -> Settings:
+        """What the trainer is told while gates are learned."""
+        return self._training(self.gate_steps, labels)
+
+    def tuning(self, *, labels: bool) -> Settings:
+        """What the trainer is told afterwards."""
+        return replace(self._training(self.steps, labels), milestones=self.milestones)
+
+    def _training(self, steps: int, labels: bool) -> Settings:
+        plain = self.optimiser == "sgd"
         return Settings(
             steps=steps,
             batch=self.batch,
+            optimiser=self.optimiser,
             rate=self.rate,
+            schedule="milestones" if plain else "one-cycle",
+            milestones=(),
+            gamma=0.1,
+            weight_decay=0.0 if plain else None,
+            norm_statistics="updating",
             kl_weight=float(not labels),
             logit_weight=float(not labels),
             label_weight=float(labels),
