@@ -21,9 +21,9 @@ START = 1.0
 """log alpha of a fresh gate: it is open with a probability of 0.93."""
 SPREAD = 0.01
 """Standard deviation of log alpha among fresh gates."""
-SPEED = 10
-"""A step of plain gradient descent moves log alpha by this many times the learning rate (for Adam it makes no
-difference): gates are to be decided while weights only adapt, and Pašen and Boža have them learn ten times as fast."""
+SPEED = math.sqrt(10)
+"""What is trained is not log alpha but this much less: gates are to be decided while weights only adapt. Plain gradient
+descent then moves log alpha by ten times the learning rate, as Pašen and Boža have it, and Adam by the root of ten."""
 
 
 class HardConcrete(torch.nn.Module):
@@ -33,12 +33,12 @@ class HardConcrete(torch.nn.Module):
         """`count` fresh gates."""
         super().__init__()
         drawn = torch.randn(count, generator=torch.Generator().manual_seed(seed))
-        self.scaled = torch.nn.Parameter((START + SPREAD * drawn) / math.sqrt(SPEED))
+        self.scaled = torch.nn.Parameter(1 + SPREAD / SPEED * drawn)
 
     @property
     def log_alpha(self) -> Tensor:
         """[gates] The larger, the more a gate is open."""
-        return math.sqrt(SPEED) * self.scaled
+        return START + SPEED * (self.scaled - 1)
 
     def draw(self, samples: int) -> Tensor:
         """[samples, gates] Gates drawn for each sample, from torch's generator."""
