@@ -230,7 +230,7 @@ class Bench:
         only = {"label_weight": 1.0, "kl_weight": 0.0, "logit_weight": 0.0, "feature_weight": 0.0}
         settings = Settings(run.steps, seed=run.seed, evaluations=1, threads=1, **(only if run.how == LABELS else {}))
         outputs = {task.name: [value.name or "" for value in model.graph.outputs] for task in teachers}
-        losses = calibrate_merged(model, teachers, outputs, settings, Silent())
+        losses = calibrate_merged(model, teachers, outputs, settings, Silent()).losses
         return Score(accuracy(model, family.tasks[0]), kept_start=losses[-1][1] >= losses[0][1])
 
 

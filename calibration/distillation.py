@@ -11,7 +11,7 @@ from onnxmerge.calibration.engine import Outcome, Progress, threads, train
 from onnxmerge.calibration.judge import Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
-from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.settings import Checkpoint, Settings
 from onnxmerge.calibration.sparsity import Absent
 from onnxmerge.calibration.streams import Stream, group
 from onnxmerge.data import Split
@@ -30,6 +30,7 @@ def calibrate(
     held_out: Mapping[str, Split],
     settings: Settings,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Outcome:
     """Train the weights and norm scales of `merged`; it keeps those with the least held-out loss, the start included.
 
@@ -51,6 +52,7 @@ def calibrate(
         held_out: each task's samples to choose the best weights with.
         settings: see `Settings`.
         progress: told of every step.
+        checkpoint: where the run is kept while it is under way.
 
     Raises:
         ModelError: an operator has no gradient implementation, or the merged and the original shapes differ.
@@ -74,7 +76,7 @@ def calibrate(
     student = GraphModule(merged, [name for o in objectives for name in o.outputs])
     with threads(settings.threads):
         streams = group(student, objectives, data, held_out)
-        outcome = train(Distillation(student, streams, data, held_out, settings), settings, progress)
+        outcome = train(Distillation(student, streams, data, held_out, settings), settings, progress, checkpoint)
     if outcome.best_step > 0:
         student.write_back(merged)
     return outcome
@@ -95,9 +97,10 @@ class Distillation:
         self._student, self._streams = student, streams
         self._absent = Absent(student)
         self._updates = settings.norm_statistics == "updating"
-        batch = _fitting(student, streams, held_out, settings)
-        self._judge = Judge(student, streams, held_out, batch, settings.seed)
-        self._sources = [stream.shuffled(data, batch, settings.seed) for stream in streams]
+        self._data, self._seed = data, settings.seed
+        self._batch = _fitting(student, streams, held_out, settings)
+        self._judge = Judge(student, streams, held_out, self._batch, settings.seed)
+        self.skip(0)
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -109,6 +112,10 @@ class Distillation:
         self._student.batch_statistics = self._updates
         for stream, source in zip(self._streams, self._sources, strict=True):
             yield stream.loss(self._student, next(source))
+
+    def skip(self, rounds: int) -> None:
+        """Start behind so many batches of every stream."""
+        self._sources = [stream.shuffled(self._data, self._batch, self._seed, rounds) for stream in self._streams]
 
     def judge(self) -> float:
         """The sum of the tasks' output losses on held-out samples."""

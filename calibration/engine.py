@@ -1,7 +1,9 @@
 """The training loop: what is trained, and towards what, is the business of a `Problem`."""
 
 import contextlib
+import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,9 +11,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from onnxmerge.calibration.best import BestWeights
+from onnxmerge.calibration.best import BestWeights, copy_into
+from onnxmerge.calibration.checkpoint import (
+    optimiser_facts,
+    optimiser_tensors,
+    read_checkpoint,
+    restore_optimiser,
+    write_checkpoint,
+)
 from onnxmerge.calibration.optimisers import make_optimiser
-from onnxmerge.calibration.settings import Training
+from onnxmerge.calibration.settings import Checkpoint, Training
 
 
 class Problem(Protocol):
@@ -27,6 +36,9 @@ class Problem(Protocol):
         Each is back-propagated before the next is asked for, so the values of only one are in memory; gradients add up.
         What is drawn at random comes from torch's generator, which the loop seeds before every step.
         """
+
+    def skip(self, rounds: int) -> None:
+        """Called before a run goes on: go past the batches that so many calls of `losses` have drawn."""
 
     def judge(self) -> float:
         """The held-out loss of the tensors as they are."""
@@ -82,26 +94,39 @@ class _Failed(Exception):
     """A loss or gradient is no number."""
 
 
-def train(problem: Problem, settings: Training, progress: Progress | None = None) -> Outcome:
+CHECKPOINT_SECONDS = 60
+"""A checkpoint is written at every measurement of the held-out loss, and after this time without one."""
+
+
+def train(
+    problem: Problem, settings: Training, progress: Progress | None = None, checkpoint: Checkpoint | None = None
+) -> Outcome:
     """Train; the tensors end as they were when judged best, the start included.
 
     The run ends early when a loss or a gradient is no longer finite (the step is not taken), on an interrupt, and after
-    `settings.patience` evaluations without gain.
+    `settings.patience` evaluations without gain. One that goes on from its checkpoint ends with the very same numbers
+    as one that was never stopped; whoever has kept its result removes the checkpoint.
+
+    Raises:
+        UsageError: the checkpoint cannot be written.
     """
     loop = _Loop(problem, settings)
     outcome, best = loop.outcome, loop.best
     evaluations = {round(i * settings.steps / settings.evaluations) for i in range(1, settings.evaluations + 1)}
     try:
-        loop.evaluate(0)
+        done = 0 if checkpoint is None else loop.resume(checkpoint)
+        if not done:
+            loop.evaluate(0)
         with torch.random.fork_rng(devices=()):
-            for step in range(1, settings.steps + 1):
-                loss = loop.advance(step)
-                held_out = loop.evaluate(step) if step in evaluations else None
+            while done < settings.steps and not loop.has_stalled:
+                done += 1
+                loss = loop.advance(done)
+                held_out = loop.evaluate(done) if done in evaluations else None
+                if checkpoint is not None:
+                    loop.save(checkpoint, done, now=held_out is not None)
                 if progress is not None:
-                    progress(Done(step, settings.steps, loss, held_out))
-                if held_out is not None and loop.has_stalled:
-                    outcome.stopped = step
-                    break
+                    progress(Done(done, settings.steps, loss, held_out))
+        outcome.stopped = done if done < settings.steps else None
     except _Failed as failed:
         outcome.failure = f"{failed}; the weights of step {best.step} were kept"
     except KeyboardInterrupt:
@@ -121,6 +146,42 @@ class _Loop:
         self._optimiser, self._schedule = make_optimiser(list(self._parameters.values()), settings)
         self._bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
         self._norms: Tensor | None = None
+        self._fingerprint, self._saved = "", time.monotonic()
+
+    def resume(self, checkpoint: Checkpoint) -> int:
+        """Go back to where the checkpoint was written; the steps done, 0 where there is none of this very run."""
+        self._fingerprint = fingerprint(checkpoint.recipe, self.settings, self.problem.trained)
+        found = read_checkpoint(checkpoint.path, self._fingerprint) if checkpoint.resume else None
+        if found is None:
+            return 0
+        tensors, run = found
+        copy_into(self.problem.trained, _under("trained", tensors))
+        self.best.kept, self.best.step, self.best.loss = _under("best", tensors), run["best_step"], run["best_loss"]
+        restore_optimiser(self._optimiser, self._schedule, _under("optimiser", tensors), run["optimiser"])
+        self.outcome.losses = [(step, loss) for step, loss in run["losses"]]
+        self.problem.skip(run["step"] * self.settings.accumulate)
+        return int(run["step"])
+
+    def save(self, checkpoint: Checkpoint, step: int, *, now: bool) -> None:
+        """Write the checkpoint, `now` or when it is due."""
+        if not now and time.monotonic() - self._saved < CHECKPOINT_SECONDS:
+            return
+        parts = {
+            "trained": self.problem.trained,
+            "best": self.best.kept,
+            "optimiser": optimiser_tensors(self._optimiser),
+        }
+        run = {
+            "fingerprint": self._fingerprint,
+            "step": step,
+            "best_step": self.best.step,
+            "best_loss": self.best.loss,
+            "losses": self.outcome.losses,
+            "optimiser": optimiser_facts(self._optimiser, self._schedule),
+        }
+        tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
+        write_checkpoint(checkpoint.path, tensors, run)
+        self._saved = time.monotonic()
 
     def advance(self, step: int) -> float:
         """Take one step; returns its loss.
@@ -184,6 +245,20 @@ class _Loop:
 
 _SEEDS = 1_000_003
 """Steps of two runs with neighbouring seeds draw different numbers, up to this many steps."""
+
+
+def fingerprint(recipe: str, settings: Training, start: Mapping[str, Tensor]) -> str:
+    """Tells runs apart: their recipes, their settings, and what they start from."""
+    digest = hashlib.sha256(f"{recipe}\n{settings}\n".encode())
+    for name, tensor in start.items():
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds under `part`/."""
+    return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from onnxmerge.calibration.gates import HardConcrete, growing_weight
 from onnxmerge.calibration.judge import Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import Objective
-from onnxmerge.calibration.settings import Settings
-from onnxmerge.calibration.streams import Batches, Stream
+from onnxmerge.calibration.settings import Checkpoint, Settings
+from onnxmerge.calibration.streams import Stream
 from onnxmerge.data import Split
 from onnxmerge.passes.gate_places import GatedSpace, GatedValue, GatePlaces
 from onnxmerge.passes.insert_gates import InsertGates, gate_input
@@ -60,6 +60,7 @@ def learn_gates(
     sources: Sequence[Source],
     settings: Settings,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Learned:
     """Train the weights of `widened`, which it keeps, together with a gate for each channel.
 
@@ -73,7 +74,8 @@ def learn_gates(
     """
     with threads(settings.threads):
         module = GatedModule(widened, places, settings.seed)
-        outcome = train(_Gating(module, _objectives(widened, sources, settings), sources, settings), settings, progress)
+        problem = _Gating(module, _objectives(widened, sources, settings), sources, settings)
+        outcome = train(problem, settings, progress, checkpoint)
     module.write_back(widened)
     gates = module.gates
     found = (gates.log_alpha, gates.settled(), gates.probability())
@@ -81,7 +83,11 @@ def learn_gates(
 
 
 def fine_tune(
-    student: onnx_ir.Model, sources: Sequence[Source], settings: Settings, progress: Progress | None = None
+    student: onnx_ir.Model,
+    sources: Sequence[Source],
+    settings: Settings,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Outcome:
     """Train the weights and norm scales of `student`, which keeps those with the least held-out loss.
 
@@ -132,25 +138,28 @@ class _Fitting:
     def __init__(
         self, module: GraphModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
     ):
-        self._module, self._updates = module, settings.norm_statistics == "updating"
-        streams = [Stream((objective,)) for objective in objectives]
+        self._module, self._settings = module, settings
+        self._streams = [Stream((objective,)) for objective in objectives]
+        self._data = {source.name: source.calibration for source in sources}
         held_out = {source.name: source.held_out for source in sources}
-        self._judge = Judge(module, streams, held_out, settings.batch, settings.seed)
-        data = {source.name: source.calibration for source in sources}
-        self._samples: list[tuple[Stream, Iterator[Batches]]] = [
-            (stream, stream.shuffled(data, settings.batch, settings.seed)) for stream in streams
-        ]
+        self._judge = Judge(module, self._streams, held_out, settings.batch, settings.seed)
+        self.skip(0)
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
         """The weights and norm scales, and the running statistics of batch norms if they are updated."""
-        return self._module.trainable_by_name() | (self._module.statistics() if self._updates else {})
+        return self._module.trainable_by_name() | (self._module.statistics() if self._updates() else {})
 
     def losses(self) -> Iterator[Tensor]:
         """A batch of every source."""
-        self._module.batch_statistics = self._updates
-        for stream, batches in self._samples:
+        self._module.batch_statistics = self._updates()
+        for stream, batches in zip(self._streams, self._samples, strict=True):
             yield stream.loss(self._module, next(batches))
+
+    def skip(self, rounds: int) -> None:
+        """Start behind so many batches of every source."""
+        batch, seed = self._settings.batch, self._settings.seed
+        self._samples = [stream.shuffled(self._data, batch, seed, rounds) for stream in self._streams]
 
     def judge(self) -> float:
         """The mean of the sources' held-out losses."""
@@ -160,6 +169,9 @@ class _Fitting:
     def settle(self, step: int) -> None:
         """Nothing has to hold."""
 
+    def _updates(self) -> bool:
+        return self._settings.norm_statistics == "updating"
+
 
 class _Gating(_Fitting):
     """The same, with gates."""
@@ -167,8 +179,8 @@ class _Gating(_Fitting):
     def __init__(
         self, module: GatedModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
     ):
+        self._gated = module
         super().__init__(module, objectives, sources, settings)
-        self._gated, self._steps, self._weight = module, settings.steps, growing_weight(0)
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
@@ -181,6 +193,11 @@ class _Gating(_Fitting):
         yield from super().losses()
         yield self._weight * self._gated.half_loss()
 
+    def skip(self, rounds: int) -> None:
+        """Start behind so many steps."""
+        super().skip(rounds)
+        self.settle(rounds)
+
     def judge(self) -> float:
         """The held-out loss of what would be kept now."""
         self._gated.eval()
@@ -188,7 +205,7 @@ class _Gating(_Fitting):
 
     def settle(self, step: int) -> None:
         """The half loss gains weight."""
-        self._weight = growing_weight(step / self._steps)
+        self._weight = growing_weight(step / self._settings.steps)
 
 
 def _objectives(student: onnx_ir.Model, sources: Sequence[Source], settings: Settings) -> list[Objective]:

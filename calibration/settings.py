@@ -2,9 +2,25 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from onnxmerge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run under way is kept.
+
+    Attributes:
+        path: the file.
+        recipe: tells apart what the loop itself cannot see: teachers and data.
+        resume: go on from what is there; a file of another run, or a damaged one, is replaced.
+    """
+
+    path: Path
+    recipe: str = ""
+    resume: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ class Stream:
         values = self.run(merged, batches)
         return torch.stack([o.loss(values, o.targets(batches[o.task]), batches[o.task]) for o in self.objectives]).sum()
 
-    def shuffled(self, splits: Mapping[str, Split], size: int, seed: int) -> Iterator[Batches]:
-        """Batches without end; tasks with the very same split get the very same batch."""
+    def shuffled(self, splits: Mapping[str, Split], size: int, seed: int, skip: int) -> Iterator[Batches]:
+        """Batches without end, the first `skip` left out; tasks with the very same split get the very same batch."""
         distinct = self._distinct(splits)
         size = min(size, *(len(split) for split in distinct.values()))
-        return self._spread(splits, {key: split.shuffled(size, seed) for key, split in distinct.items()})
+        return self._spread(splits, {key: split.shuffled(size, seed, skip) for key, split in distinct.items()})
 
     def subset(self, splits: Mapping[str, Split], samples: int, size: int, seed: int) -> Iterator[Batches]:
         """At most `samples` samples of each task, once, in batches of `size`."""

@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxmerge.calibration.settings import Settings
     from onnxmerge.methods.align import align_models
+    from onnxmerge.methods.calibrate import calibrate_model
     from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.fuse import fuse_models, plan_fuse
     from onnxmerge.methods.fuse_settings import FuseSettings
@@ -26,8 +28,10 @@ _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "FuseSettings": "onnxmerge.methods.fuse_settings",
     "GateSettings": "onnxmerge.methods.gate",
+    "Settings": "onnxmerge.calibration.settings",
     "ZipSettings": "onnxmerge.methods.zip_settings",
     "align_models": "onnxmerge.methods.align",
+    "calibrate_model": "onnxmerge.methods.calibrate",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse",
     "gate_models": "onnxmerge.methods.gate",
@@ -44,8 +48,10 @@ __all__ = [
     "Bounds",
     "FuseSettings",
     "GateSettings",
+    "Settings",
     "ZipSettings",
     "align_models",
+    "calibrate_model",
     "extract_task",
     "fuse_models",
     "gate_models",

@@ -46,6 +46,9 @@ class Line:
         for _ in range(self._rounds):
             yield self.batch()
 
+    def skip(self, rounds: int) -> None:
+        self._number = rounds * self._rounds
+
     def judge(self) -> float:
         return float((self.x @ self.weight - self.y).detach().square().mean())
 

@@ -11,7 +11,7 @@ from graphs import feeds_for
 
 from onnxmerge.calibration.gates import HardConcrete, growing_weight
 from onnxmerge.calibration.gating import GatedModule, Source, fine_tune, learn_gates
-from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.settings import Checkpoint, Settings
 from onnxmerge.data import Batch, Split
 from onnxmerge.ir.weights import get_array
 
@@ -153,6 +153,27 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not():
     first, second, other = arrays(0), arrays(0), arrays(1)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
+    settings = Settings(**{**LABELS.__dict__, "evaluations": 4})
+
+    def run(name, *, stop=None, resume=False):
+        own = wide("residual")
+
+        def progress(done):
+            if done.step == stop:
+                raise KeyboardInterrupt
+
+        checkpoint = Checkpoint(tmp_path / name, resume=resume)
+        learned = learn_gates(own.model, own.places, [source(own, "residual", 5)], settings, progress, checkpoint)
+        assert learned.outcome.interrupted == (stop is not None)
+        return [learned.log_alpha, *(get_array(v) for v in own.model.graph.initializers.values())]
+
+    whole = run("whole")
+    run("stopped", stop=13)
+    for a, b in zip(whole, run("stopped", resume=True), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_batch_norms_follow_what_they_see():

@@ -54,8 +54,8 @@ def provider_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def task_models(values: list[str]) -> dict[str, Path]:
-    """What `--against TASK=MODEL.onnx ...` names; the task defaults to the file's stem.
+def task_models(values: list[str], option: str = "--against") -> dict[str, Path]:
+    """What `--against TASK=MODEL.onnx ...` names, or another option; the task defaults to the file's stem.
 
     Raises:
         UsageError: a task is named twice.
@@ -66,7 +66,7 @@ def task_models(values: list[str]) -> dict[str, Path]:
         if not separator or Path(value).exists():
             task, path = Path(value).stem, value
         if task in found:
-            raise UsageError(f"--against: the task {task!r} is named twice")
+            raise UsageError(f"{option}: the task {task!r} is named twice")
         found[task] = Path(path)
     return found
 

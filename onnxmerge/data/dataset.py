@@ -85,10 +85,10 @@ class Split:
         for start in range(0, len(self), size):
             yield self._samples.read(self._rows[start : start + size])
 
-    def shuffled(self, size: int, seed: int) -> Iterator[Batch]:
+    def shuffled(self, size: int, seed: int, skip: int = 0) -> Iterator[Batch]:
         """Full batches without end, reshuffled each epoch; `size` is clipped to the number of samples.
 
-        What is left over at the end of an epoch waits for a later one.
+        What is left over at the end of an epoch waits for a later one. The first `skip` batches are left out, unread.
         """
         _check_batch_size(size)
         generator = np.random.default_rng(seed)
@@ -96,6 +96,9 @@ class Split:
         while True:
             order = generator.permutation(self._rows)
             for start in range(0, len(order) - size + 1, size):
+                if skip:
+                    skip -= 1
+                    continue
                 yield self._samples.read(order[start : start + size])
 
     def take(self, samples: int, seed: int) -> "Split":

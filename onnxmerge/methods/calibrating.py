@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as oir
 
 from onnxmerge.calibration.distillation import calibrate
-from onnxmerge.calibration.engine import Done
+from onnxmerge.calibration.engine import Done, Outcome
 from onnxmerge.calibration.objective import FeatureTap
-from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.settings import Checkpoint, Settings
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task, merged_inputs
@@ -20,7 +20,8 @@ def calibrate_merged(
     outputs: Mapping[str, Sequence[str]],
     settings: Settings,
     progress: Progress,
-) -> list[tuple[int, float]]:
+    checkpoint: Checkpoint | None = None,
+) -> Outcome:
     """Train `merged` in place; it keeps the weights with the least held-out loss, the start included.
 
     Args:
@@ -29,9 +30,7 @@ def calibrate_merged(
         outputs: what `merged` calls each task's outputs, in order; tasks may have the same (see `calibrate`).
         settings: how long, how fast, and with which losses.
         progress: told of each step.
-
-    Returns:
-        (step, held-out loss), step 0 first.
+        checkpoint: where the run is kept while it is under way.
 
     Raises:
         KeyboardInterrupt: the user stopped it.
@@ -49,23 +48,42 @@ def calibrate_merged(
         {task.name: task.data.held_out for task in tasks},
         settings,
         Told(progress),
+        checkpoint,
     )
     if outcome.interrupted:
         raise KeyboardInterrupt
-    return outcome.losses
+    return outcome
+
+
+def remarks(name: str, outcome: Outcome) -> list[str]:
+    """What a report must say of the calibration of `name`: that it ended before its last step, and why."""
+    if outcome.failure is not None:
+        return [f"The calibration of {name} ended early: {outcome.failure}."]
+    if outcome.stopped is not None:
+        return [
+            f"The calibration of {name} ended after step {outcome.stopped}, for the held-out loss had not fallen since "
+            f"step {outcome.best_step}."
+        ]
+    return []
 
 
 class Told:
     """Tells `progress` of every step: its loss, the last held-out loss, steps in a second."""
 
     def __init__(self, progress: Progress):
-        self._progress, self._begun, self._held_out = progress, time.perf_counter(), ""
+        self._progress, self._held_out = progress, ""
+        self._begun = time.perf_counter()
+        self._before: int | None = None
 
     def __call__(self, done: Done) -> None:
         """See `engine.Progress`."""
+        if self._before is None:
+            self._before = done.step - 1  # taken before the run went on from its checkpoint
+            for _ in range(self._before):
+                self._progress.advance()
         if done.held_out is not None:
             self._held_out = f"held-out loss {done.held_out:.4f}, "
-        rate = done.step / max(time.perf_counter() - self._begun, 1e-9)
+        rate = (done.step - self._before) / max(time.perf_counter() - self._begun, 1e-9)
         self._progress.advance(f"loss {done.loss:.4f}, {self._held_out}{rate:.3g} steps/s")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from onnxmerge.calibration.settings import Checkpoint
 from onnxmerge.files import write_text
 from onnxmerge.report.provenance import sha256
 from onnxmerge.report.schema import Candidate, Result
@@ -24,6 +25,8 @@ class Interrupted(KeyboardInterrupt):
 class Shelf:
     """The candidates of one output folder: beside each model `NAME.onnx` a record `NAME.json` with both hashes.
 
+    Of one that is still being calibrated there is only `NAME.checkpoint`.
+
     Args:
         folder: the output folder.
         recipe: only candidates made by the same recipe are taken again.
@@ -38,6 +41,10 @@ class Shelf:
     def model_path(self, name: str) -> Path:
         """Where the model of candidate `name` is."""
         return self._folder / f"{name}.onnx"
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Where candidate `name` is kept while it is calibrated."""
+        return Checkpoint(self._folder / f"{name}.checkpoint", self._fingerprint, self._resume)
 
     def get(self, name: str) -> Candidate | None:
         """The finished candidate `name` of an earlier run with the same recipe, if it is there and undamaged."""
@@ -59,3 +66,4 @@ class Shelf:
             "candidate": candidate.model_dump(mode="json"),
         }
         write_text(self._folder / f"{candidate.name}.json", json.dumps(record, indent=2) + "\n")
+        self.checkpoint(candidate.name).path.unlink(missing_ok=True)

@@ -250,17 +250,21 @@ class _Run:
         begun = time.perf_counter()
         model = attempt.make()
         if model is not None:
-            losses = self._calibrate(model) if steps else []
+            losses = self._calibrate(attempt.name, model) if steps else []
             self.made.add(attempt.name, model, start=attempt.start, steps=steps, losses=losses, begun=begun)
 
-    def _calibrate(self, model: oir.Model) -> list[tuple[int, float]]:
+    def _calibrate(self, name: str, model: oir.Model) -> list[tuple[int, float]]:
         """Train `model` in place towards all originals; the held-out losses."""
-        from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
+        from onnxmerge.methods.calibrating import calibrate_merged, remarks  # torch is loaded only when it is needed
 
         self.progress.stage("calibrate", self.settings.steps)
         names = [value.name or "" for value in model.graph.outputs]
         outputs = {task.name: names for task in self.tasks}
-        return calibrate_merged(model, self.tasks, outputs, self.settings.calibration, self.progress)
+        outcome = calibrate_merged(
+            model, self.tasks, outputs, self.settings.calibration, self.progress, self.made.shelf.checkpoint(name)
+        )
+        self.made.notes += remarks(name, outcome)
+        return outcome.losses
 
     def result(self) -> Result:
         """What was made, and which of it is chosen: what was calibrated, else what agrees best with the ensemble."""

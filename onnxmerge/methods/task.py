@@ -179,15 +179,22 @@ def load_networks(
         raise_opset(model, opset)
     for path, model in zip(paths[1:], models[1:], strict=True):
         _check_inputs(paths[0], models[0], path, model, same_inputs)
-    networks = []
-    for name, path, model in zip(names, paths, models, strict=True):
-        count = parameter_count(model)
-        if folded:
-            FoldBatchNorm()(model)
-            EnsureBiases()(model)
-            TransposeGemms()(model)
-        networks.append(Network(name, Path(path), model, count))
-    return networks
+    make = simple_network if folded else network
+    return [make(*found) for found in zip(names, paths, models, strict=True)]
+
+
+def network(name: str, path: str | os.PathLike[str], model: oir.Model) -> Network:
+    """The network called `name`, read from `path`, with its layers as they are."""
+    return Network(name, Path(path), model, parameter_count(model))
+
+
+def simple_network(name: str, path: str | os.PathLike[str], model: oir.Model) -> Network:
+    """The network called `name`, read from `path`; `model` is changed: batch norms folded, a bias in every layer."""
+    count = parameter_count(model)
+    FoldBatchNorm()(model)
+    EnsureBiases()(model)
+    TransposeGemms()(model)
+    return Network(name, Path(path), model, count)
 
 
 def with_data(networks: Sequence[Network], sources: Mapping[str, str | os.PathLike[str]], *, seed: int) -> list[Task]:

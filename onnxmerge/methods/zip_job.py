@@ -6,7 +6,7 @@ from typing import Protocol
 
 import onnx_ir as oir
 
-from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.settings import Checkpoint, Settings
 from onnxmerge.methods.alignment import Aligned, Sharable, align
 from onnxmerge.methods.candidates import Shelf
 from onnxmerge.methods.fictive import with_own_inputs
@@ -32,6 +32,7 @@ class Job:
         shelf: the output folder.
         progress: told what is going on.
         finished: candidates, in the order in which they were made.
+        notes: what a reader of the report must know.
         aligned: for each task but the first its alignment with the first, once that has been asked for.
     """
 
@@ -43,6 +44,7 @@ class Job:
     shelf: Shelf
     progress: Progress
     finished: list[Candidate] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     aligned: dict[str, Aligned] = field(default_factory=dict)
 
     def align(self, tasks: Sequence[Task]) -> None:
@@ -57,9 +59,16 @@ class Job:
             )
             self.progress.advance(task.name)
 
-    def calibrate(self, name: str, merged: oir.Model, teachers: Sequence[Task], steps: int) -> list[tuple[int, float]]:
+    def calibrate(
+        self,
+        name: str,
+        merged: oir.Model,
+        teachers: Sequence[Task],
+        steps: int,
+        checkpoint: Checkpoint | None = None,
+    ) -> list[tuple[int, float]]:
         """Train `merged` in place; the held-out losses."""
-        from onnxmerge.methods.calibrating import calibrate_merged  # torch is loaded only when it is needed
+        from onnxmerge.methods.calibrating import calibrate_merged, remarks  # torch is loaded only when it is needed
 
         self.progress.stage(f"{name}: calibrate", steps)
         settings = Settings(
@@ -70,7 +79,9 @@ class Job:
             threads=self.settings.threads,
         )
         teachers = [with_own_inputs(task) for task in teachers]
-        return calibrate_merged(merged, teachers, task_outputs(teachers), settings, self.progress)
+        outcome = calibrate_merged(merged, teachers, task_outputs(teachers), settings, self.progress, checkpoint)
+        self.notes += remarks(name, outcome)
+        return outcome.losses
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class Run:
         self.judge = Judge(tasks, temporary, settings.threads)
         self.bench = Bench(tasks, all_inputs(tasks), settings.threads, settings.providers)
         self.bounds = Bounds(settings.max_drop, settings.max_bytes, settings.min_speedup, job.plan.originals.macs)
-        self.notes = [f"At most {len(job.plan.units)} units can be shared: {job.plan.limit}."]
+        self.notes = job.notes
+        self.notes += [f"At most {len(job.plan.units)} units can be shared: {job.plan.limit}."]
 
     def make_candidates(self) -> bool:
         """Make every candidate of the plan; whether an interrupt stopped it."""
@@ -97,7 +98,8 @@ class Run:
         if planned.shares:
             fitted = self.maker.fit(planned)
             if job.settings.steps:
-                losses = job.calibrate(name, fitted.model, fitted.teachers, job.settings.steps)
+                checkpoint = job.shelf.checkpoint(name)
+                losses = job.calibrate(name, fitted.model, fitted.teachers, job.settings.steps, checkpoint)
         else:
             fitted = Fitted(unshared({task.name: task.model for task in job.tasks}), job.tasks)
         merged, path = fitted.model, job.shelf.model_path(name)

@@ -176,8 +176,10 @@ class _Run:
         self.progress.stage("learn the gates", steps)
         widened = self.planned.widened.clone()
         training = self.settings.learning(labels=self.labels)
-        learned = learn_gates(widened, places, self._sources(), training, Told(self.progress))
-        self._finished(learned.outcome)
+        learned = learn_gates(
+            widened, places, self._sources(), training, Told(self.progress), self.made.shelf.checkpoint("pruned")
+        )
+        self._finished("pruned", learned.outcome)
         kept = places.kept(learned.log_alpha)
         gates = np.where(places.closed(kept), 0.0, learned.gates)
         folded = FoldGates(places, gates)(widened).model
@@ -206,7 +208,9 @@ class _Run:
         begun, student = time.perf_counter(), self.made.model("pruned")
         self.progress.stage("fine-tune", self.settings.steps)
         training = self.settings.tuning(labels=self.labels)
-        outcome = fine_tune(student, self._sources(), training, Told(self.progress))
+        outcome = fine_tune(
+            student, self._sources(), training, Told(self.progress), self.made.shelf.checkpoint("student")
+        )
         if outcome.interrupted:
             raise KeyboardInterrupt
         self.made.add("student", student, start="pruned", steps=self.settings.steps, losses=outcome.losses, begun=begun)
@@ -221,12 +225,13 @@ class _Run:
             for task in owners
         ]
 
-    def _finished(self, outcome: "Outcome") -> None:
+    def _finished(self, name: str, outcome: "Outcome") -> None:
         """Note what ended training early; an interrupt ends the run."""
+        from onnxmerge.methods.calibrating import remarks
+
         if outcome.interrupted:
             raise KeyboardInterrupt
-        if outcome.failure is not None:
-            self.made.notes.append(f"Training ended early: {outcome.failure}.")
+        self.made.notes += remarks(name, outcome)
 
     def plan(self) -> GatePlan:
         """The plan, with what was kept as far as that is known."""
