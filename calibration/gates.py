@@ -25,6 +25,8 @@ SPEED = math.sqrt(10)
 """What is trained is not log alpha but this much less: gates are to be decided while weights only adapt. Plain gradient
 descent then moves log alpha by ten times the learning rate, as Pašen and Boža have it, and Adam by the root of ten."""
 
+_QUANTILES = 64
+
 
 class HardConcrete(torch.nn.Module):
     """A vector of gates."""
@@ -48,6 +50,12 @@ class HardConcrete(torch.nn.Module):
     def settled(self) -> Tensor:
         """[gates] The gates where nothing is drawn."""
         return _stretched(self.log_alpha)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """[gates] Mean and variance of what `draw` draws, over equally likely u."""
+        u = (torch.arange(_QUANTILES) + 0.5) / _QUANTILES
+        drawn = _stretched((u.logit()[:, None] + self.log_alpha) / BETA)
+        return drawn.mean(0), drawn.var(0, correction=0)
 
     def probability(self) -> Tensor:
         """[gates] P[g > 0]."""

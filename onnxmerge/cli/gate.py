@@ -30,6 +30,12 @@ def gate(
             show_default=False,
         ),
     ] = None,
+    layerwise: Annotated[
+        bool,
+        typer.Option(
+            "--layerwise", help="Learn gates one channel space at a time; the networks are never put side by side."
+        ),
+    ] = False,
     gate_steps: Annotated[
         int, typer.Option("--gate-steps", min=1, help="Steps in which gates learn which channels to keep.")
     ] = 1000,
@@ -68,6 +74,7 @@ def gate(
 
     settings = GateSettings(
         width=width,
+        layerwise=layerwise,
         gate_steps=gate_steps,
         steps=steps,
         labels=labels,

@@ -23,11 +23,12 @@ import onnx_ir as oir
 from onnxmerge.errors import UsageError
 from onnxmerge.files import claim_folder, whole_file, write_text
 from onnxmerge.methods.candidates import Interrupted, Shelf
+from onnxmerge.methods.gate.layerwise import choose_layerwise, make_layerwise_plan
 from onnxmerge.methods.gate.plan import GatePlan, Planned, make_gate_plan
 from onnxmerge.methods.gate.settings import GateSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.task import Task, load_networks, with_data
+from onnxmerge.methods.task import Network, Task, load_networks, with_data
 from onnxmerge.passes.fold_gates import FoldGates
 from onnxmerge.passes.prune import Prune
 from onnxmerge.report.provenance import hardware, library_versions, sha256
@@ -36,6 +37,7 @@ from onnxmerge.report.write import write_report
 
 if TYPE_CHECKING:
     from onnxmerge.calibration.engine import Outcome
+    from onnxmerge.calibration.gating import Source
 
 
 def gate_models(
@@ -69,9 +71,9 @@ def gate_models(
     """
     settings, progress = settings or GateSettings(), progress or Silent()
     progress.stage("load")
-    networks = load_networks(models, folded=False)
+    networks = load_networks(models, folded=settings.layerwise)
     progress.stage("plan")
-    planned = make_gate_plan(networks, settings)
+    plan, planned = _plan(networks, settings)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
     labels = _use_labels(tasks, settings)
@@ -79,7 +81,7 @@ def gate_models(
     recipe = _recipe(tasks, settings)
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
-        run = _Run(planned, tasks, settings, labels, Path(temporary), shelf, recipe, progress)
+        run = _Run(plan, planned, tasks, settings, labels, Path(temporary), shelf, recipe, progress)
         interrupted = run.make_candidates()
         result = run.result()
     (folder / "merged.onnx").unlink(missing_ok=True)
@@ -99,7 +101,16 @@ def plan_gate(models: Sequence[str | os.PathLike[str]], *, settings: GateSetting
     Raises:
         UsageError, ModelError: see `gate_models`.
     """
-    return make_gate_plan(load_networks(models, folded=False), settings or GateSettings()).plan
+    settings = settings or GateSettings()
+    return _plan(load_networks(models, folded=settings.layerwise), settings)[0]
+
+
+def _plan(networks: Sequence[Network], settings: GateSettings) -> tuple[GatePlan, Planned | None]:
+    """The plan, and but for `layerwise` the networks side by side."""
+    if settings.layerwise:
+        return make_layerwise_plan(networks, settings), None
+    planned = make_gate_plan(networks, settings)
+    return planned.plan, planned
 
 
 def _use_labels(tasks: Sequence[Task], settings: GateSettings) -> bool:
@@ -136,7 +147,8 @@ class _Run:
 
     def __init__(
         self,
-        planned: Planned,
+        plan: GatePlan,
+        planned: Planned | None,
         tasks: Sequence[Task],
         settings: GateSettings,
         labels: bool,
@@ -145,12 +157,11 @@ class _Run:
         recipe: dict[str, Any],
         progress: Progress,
     ):
-        self.planned, self.tasks, self.settings, self.labels = planned, tasks, settings, labels
+        self._plan, self.planned, self.tasks = plan, planned, tasks
+        self.settings, self.labels = settings, labels
         self.recipe, self.progress = recipe, progress
         self.made = OneTask(tasks, [1.0] * len(tasks), temporary, shelf, recipe, progress)
-        self.made.notes += [
-            f"The channels of {space.name} are all kept: {space.reason}." for space in planned.plan.whole
-        ]
+        self.made.notes += [f"The channels of {space.name} are all kept: {space.reason}." for space in plan.whole]
         self.made.notes.append(
             "Labels taught." if labels else "The networks' mean prediction taught: no labels were used."
         )
@@ -169,37 +180,37 @@ class _Run:
 
     def _prune(self) -> None:
         """Learn the gates and keep the best channels."""
+        begun = time.perf_counter()
+        if self.planned is None:
+            pruned, gates = choose_layerwise(self.tasks, self.settings, self.progress)
+            losses: list[tuple[int, float]] = []
+        else:
+            pruned, gates, losses = self._choose(self.planned)
+        self.made.add("pruned", pruned, start="gates", steps=0, losses=losses, begun=begun, gates=gates)
+
+    def _choose(self, planned: Planned) -> tuple[oir.Model, list[GatedSpace], list[tuple[int, float]]]:
+        """What gates leave of the networks side by side, what they said, and the held-out losses."""
         from onnxmerge.calibration.gating import learn_gates  # torch is loaded only when it is needed
         from onnxmerge.methods.calibrating import Told
 
-        begun, places, steps = time.perf_counter(), self.planned.places, self.settings.gate_steps
-        self.progress.stage("learn the gates", steps)
-        widened = self.planned.widened.clone()
-        training = self.settings.learning(labels=self.labels)
-        learned = learn_gates(
-            widened, places, self._sources(), training, Told(self.progress), self.made.shelf.checkpoint("pruned")
-        )
+        places, widened = planned.places, planned.widened.clone()
+        self.progress.stage("learn the gates", self.settings.gate_steps)
+        training, told = self.settings.learning(labels=self.labels), Told(self.progress)
+        checkpoint = self.made.shelf.checkpoint("pruned")
+        learned = learn_gates(widened, places, self._sources(), training, told, checkpoint)
         self._finished("pruned", learned.outcome)
         kept = places.kept(learned.log_alpha)
-        gates = np.where(places.closed(kept), 0.0, learned.gates)
-        folded = FoldGates(places, gates)(widened).model
-        pruned = Prune(kept, places.all_spaces)(folded).model
-        self.made.add(
-            "pruned",
-            pruned,
-            start="gates",
-            steps=0,
-            losses=learned.outcome.losses,
-            begun=begun,
-            gates=[
-                GatedSpace(
-                    name=own.space.name,
-                    probability=[round(float(p), 4) for p in learned.probability[own.gates]],
-                    kept=kept[own.space.name].tolist(),
-                )
-                for own in places.spaces
-            ],
-        )
+        closed = np.where(places.closed(kept), 0.0, learned.gates)
+        pruned = Prune(kept, places.all_spaces)(FoldGates(places, closed)(widened).model).model
+        gates = [
+            GatedSpace(
+                name=own.space.name,
+                probability=[round(float(p), 4) for p in learned.probability[own.gates]],
+                kept=kept[own.space.name].tolist(),
+            )
+            for own in places.spaces
+        ]
+        return pruned, gates, learned.outcome.losses
 
     def _fine_tune(self) -> None:
         from onnxmerge.calibration.gating import fine_tune
@@ -215,15 +226,23 @@ class _Run:
             raise KeyboardInterrupt
         self.made.add("student", student, start="pruned", steps=self.settings.steps, losses=outcome.losses, begun=begun)
 
-    def _sources(self) -> list[Any]:
-        """The samples, each set once, with the networks' mean to teach what to make of them."""
+    def _sources(self) -> list["Source"]:
+        """The samples: each set once, taught by the networks' mean; layer by layer by each network itself."""
         from onnxmerge.calibration.gating import Source
 
-        owners = {id(task.data): task for task in self.tasks}.values()
-        return [
-            Source(task.name, _renamed(self.planned.widened, task), task.data.calibration, task.data.held_out)
-            for task in owners
-        ]
+        teachers = self.tasks
+        if self.planned is not None or self.labels:
+            teachers = list({id(task.data): task for task in self.tasks}.values())
+        return [Source(task.name, self._teacher(task), task.data.calibration, task.data.held_out) for task in teachers]
+
+    def _teacher(self, task: Task) -> oir.Model:
+        """The networks' mean with its inputs called as the task's data are; the network itself where there is none."""
+        if self.planned is None:
+            return task.model
+        teacher = self.planned.widened.clone()
+        for value, name in zip(teacher.graph.inputs, task.inputs, strict=True):
+            value.name = name
+        return teacher
 
     def _finished(self, name: str, outcome: "Outcome") -> None:
         """Note what ended training early; an interrupt ends the run."""
@@ -235,7 +254,7 @@ class _Run:
 
     def plan(self) -> GatePlan:
         """The plan, with what was kept as far as that is known."""
-        plan, networks = self.planned.plan.model_copy(deep=True), len(self.tasks)
+        plan, networks = self._plan.model_copy(deep=True), len(self.tasks)
         for candidate in self.made.candidates[:1]:
             found = {gated.name: np.array(gated.kept) for gated in candidate.gates}
             for space in plan.spaces:
@@ -261,11 +280,3 @@ class _Run:
             notes=self.made.notes,
             originals=self.made.originals if self.made.candidates else {},
         )
-
-
-def _renamed(widened: oir.Model, task: Task) -> oir.Model:
-    """The networks' mean with its inputs called as the task's data are."""
-    teacher = widened.clone()
-    for value, name in zip(teacher.graph.inputs, task.inputs, strict=True):
-        value.name = name
-    return teacher

@@ -98,8 +98,13 @@ def _explained(first: Network, others: Sequence[Network], error: ModelError) -> 
     for number, other in enumerate(others, start=2):
         start = f"network {number} is not of the same architecture as the first: "
         if text.startswith(start):
-            return (
-                f"{other.path}: is not of the same architecture as {first.path}: {text.removeprefix(start)}; "
-                "fuse merges networks of one task whose architectures differ"
-            )
+            return other_architecture(first, other, text.removeprefix(start))
     return f"{first.path}: cannot be put beside another network of its kind: {text}"
+
+
+def other_architecture(first: Network, other: Network, reason: str) -> str:
+    """What is said of a network that is not like the first."""
+    return (
+        f"{other.path}: is not of the same architecture as {first.path}: {reason}; "
+        "fuse merges networks of one task whose architectures differ"
+    )

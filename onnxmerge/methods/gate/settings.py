@@ -14,7 +14,9 @@ class GateSettings:
     Attributes:
         width: share of the channels of all networks together that stay in each channel space; None: 1 / networks, so
             that the result is as large as one.
-        gate_steps: steps in which gates, and the weights with them, are learned.
+        layerwise: gates are learned one channel space at a time, from what layers read in the networks themselves: less
+            memory and time, for networks that are never put side by side.
+        gate_steps: steps in which gates, and the weights with them, are learned; without `layerwise`.
         steps: steps of fine-tuning after pruning; 0: none.
         labels: learn from the data's labels; None: where all data have some. Without them the networks' mean teaches.
         batch: samples of each data set in a step.
@@ -30,6 +32,7 @@ class GateSettings:
     """
 
     width: float | None = None
+    layerwise: bool = False
     gate_steps: int = 1000
     steps: int = 1000
     labels: bool | None = None
