@@ -150,15 +150,17 @@ def _why_whole(model: oir.Model, space: Space, wanted: int) -> str | None:
 
 
 def _not_prunable(model: oir.Model, spaces: Mapping[str, Space], keep: Mapping[str, int]) -> dict[str, str]:
-    """The spaces that cannot become narrower, each with the reason; those before it do."""
-    chosen = {name: np.arange(count) for name, count in keep.items()}
-    if _why_not(model, chosen, spaces) is None:
+    """The spaces that cannot become narrower while those before them do, each with the reason."""
+    wanted = {name: np.arange(count) for name, count in keep.items()}
+    if _why_not(model, wanted, spaces) is None:
         return {}
     found: dict[str, str] = {}
-    for name in keep:
-        before = {other: own for other, own in chosen.items() if other == name or other not in found}
-        reason = _why_not(model, {n: before[n] for n in list(before)[: list(before).index(name) + 1]}, spaces)
-        if reason is not None:
+    chosen: dict[str, np.ndarray] = {}
+    for name, channels in wanted.items():
+        reason = _why_not(model, chosen | {name: channels}, spaces)
+        if reason is None:
+            chosen[name] = channels
+        else:
             found[name] = reason
     return found
 

@@ -8,14 +8,15 @@ from graphs import Net, assert_same_outputs, execute, feeds_for, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxmerge.errors import ModelError
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.spaces import find_spaces
 from onnxmerge.methods.check import check_spaces
+from onnxmerge.passes import gate_places
 from onnxmerge.passes.fold_gates import FoldGates
 from onnxmerge.passes.gate_places import find_gate_places
 from onnxmerge.passes.insert_gates import InsertGates
 from onnxmerge.passes.prune import Prune
-from onnxmerge.passes.widen import Widen
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -106,17 +107,39 @@ def test_channels_in_groups_are_kept_whole_and_the_reason_is_told():
     assert [space.space.size for space in rest.places.spaces] == [10]
 
 
-def test_what_a_node_needs_whole_is_kept_whole():
-    def build(seed):
+def test_a_space_that_cannot_become_narrower_is_kept_whole_and_the_others_are_gated(monkeypatch):
+    class Refusing(Prune):
+        def call(self, model):
+            if "c4" in self.keep:
+                raise ModelError("this one not")
+            return super().call(model)
+
+    monkeypatch.setattr(gate_places, "Prune", Refusing)
+    own = wide("dense")
+    assert dict(own.places.whole) == {"c4": "this one not"}
+    assert [space.space.name for space in own.places.spaces] == ["c0"]
+    assert [value.gate.min() for value in own.places.values] == [0]
+
+
+def test_what_a_product_of_channels_reads_is_kept_whole():
+    """Squeeze and excitation may be gated; a product of two feature maps over their channels may not."""
+
+    def build(seed, squeezed):
         net = Net(seed)
-        x = net.relu(net.conv(net.input(["N", 3, 8, 8]), 4))
-        pooled = net.op("GlobalAveragePool", x)
-        net.output(net.gemm(net.relu(net.gemm(net.flatten(pooled, 4), 6)), 3))
+        x = net.relu(net.matmul(net.input(["N", 5, 6]), 8))
+        y = net.relu(net.matmul(x, 8))
+        if squeezed:
+            z = net.op("Mul", y, net.op("Sigmoid", net.matmul(x, 8)))
+        else:
+            z = net.op("ReduceSum", y, net.ints(2), keepdims=1)
+        net.output(net.matmul(z, 3) if squeezed else net.op("Add", net.matmul(x, 3), z))
         return net.model()
 
-    networks = [build(seed) for seed in range(2)]
-    model = Widen(networks[1:])(networks[0]).model
-    assert [s.space.size for s in find_gate_places(model, networks[0], 2, 0.5).spaces] == [8, 12]
+    squeezed = build(0, True)
+    assert not find_gate_places(squeezed, squeezed, 1, 0.5).whole
+    summed = build(0, False)
+    (reason,) = find_gate_places(summed, summed, 1, 0.5).whole.values()
+    assert "ReduceSum" in reason and "over channels" in reason
 
 
 @pytest.mark.parametrize("kind", GATED)
