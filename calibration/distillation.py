@@ -1,5 +1,8 @@
 """Fine-tune a merged network with its originals as teachers."""
 
+import contextlib
+import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,13 +10,14 @@ import onnx_ir
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration.ahead import Ahead
 from onnxmerge.calibration.engine import Outcome, Progress, threads, train
 from onnxmerge.calibration.judge import Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
-from onnxmerge.calibration.settings import Checkpoint, Settings
+from onnxmerge.calibration.settings import Checkpoint, Settings, Training
 from onnxmerge.calibration.sparsity import Absent
-from onnxmerge.calibration.streams import Stream, group
+from onnxmerge.calibration.streams import Batches, Stream, group
 from onnxmerge.data import Split
 
 MEMORY = 2_000_000_000
@@ -76,7 +80,10 @@ def calibrate(
     student = GraphModule(merged, [name for o in objectives for name in o.outputs])
     with threads(settings.threads):
         streams = group(student, objectives, data, held_out)
-        outcome = train(Distillation(student, streams, data, held_out, settings), settings, progress, checkpoint)
+        begun = time.perf_counter()
+        with contextlib.closing(Distillation(student, streams, data, held_out, settings)) as problem:
+            outcome = train(problem, settings, progress, checkpoint)
+        outcome.waited = problem.waited / (time.perf_counter() - begun)
     if outcome.best_step > 0:
         student.write_back(merged)
     return outcome
@@ -98,8 +105,11 @@ class Distillation:
         self._absent = Absent(student)
         self._updates = settings.norm_statistics == "updating"
         self._data, self._seed = data, settings.seed
-        self._batch = _fitting(student, streams, held_out, settings)
+        self._batch = fitting_batch(student, streams, held_out, settings)
         self._judge = Judge(student, streams, held_out, self._batch, settings.seed)
+        self._rounds = settings.steps * settings.accumulate
+        self._sources: list[Ahead[Batches]] = []
+        self._weights = [stream.weight(data, self._batch) for stream in streams]
         self.skip(0)
 
     @property
@@ -110,12 +120,24 @@ class Distillation:
     def losses(self) -> Iterator[Tensor]:
         """A batch of every stream."""
         self._student.batch_statistics = self._updates
-        for stream, source in zip(self._streams, self._sources, strict=True):
-            yield stream.loss(self._student, next(source))
+        for stream, source, weight in zip(self._streams, self._sources, self._weights, strict=True):
+            yield stream.loss(self._student, next(source), weight)
 
     def skip(self, rounds: int) -> None:
         """Start behind so many batches of every stream."""
-        self._sources = [stream.shuffled(self._data, self._batch, self._seed, rounds) for stream in self._streams]
+        self.close()
+        endless = [stream.shuffled(self._data, self._batch, self._seed, rounds) for stream in self._streams]
+        self._sources = [Ahead(itertools.islice(source, max(self._rounds - rounds, 0))) for source in endless]
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for samples."""
+        return sum(source.waited for source in self._sources)
+
+    def close(self) -> None:
+        """Stop reading samples."""
+        for source in self._sources:
+            source.close()
 
     def judge(self) -> float:
         """The sum of the tasks' output losses on held-out samples."""
@@ -127,7 +149,9 @@ class Distillation:
         self._absent.restore()
 
 
-def _fitting(student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Settings) -> int:
+def fitting_batch(
+    student: GraphModule, streams: Sequence[Stream], held_out: Mapping[str, Split], settings: Training
+) -> int:
     """The batch size of `settings`, halved until the values of a step fit into `MEMORY`."""
     with torch.no_grad():
         one = sum(stream.bytes_of_one(student, held_out) for stream in streams)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration import ranks
 from onnxmerge.calibration.best import BestWeights, copy_into
 from onnxmerge.calibration.checkpoint import (
     optimiser_facts,
@@ -34,6 +35,7 @@ class Problem(Protocol):
         """The losses of one step, each on a batch of its own.
 
         Each is back-propagated before the next is asked for, so the values of only one are in memory; gradients add up.
+        Of several processes (`ranks`) each has its share of a batch, and the mean of their losses is that of the batch.
         What is drawn at random comes from torch's generator, which the loop seeds before every step.
         """
 
@@ -81,6 +83,7 @@ class Outcome:
         interrupted: the user stopped it; the best weights until then were kept.
         failure: a sentence where a loss or gradient was no number and so ended the run.
         stopped: the step after which early stopping ended the run.
+        waited: share of the time in which there were no samples to train on, where that is known.
     """
 
     best_step: int = 0
@@ -88,6 +91,7 @@ class Outcome:
     interrupted: bool = False
     failure: str | None = None
     stopped: int | None = None
+    waited: float = field(default=0.0, compare=False)
 
 
 class _Failed(Exception):
@@ -164,7 +168,7 @@ class _Loop:
 
     def save(self, checkpoint: Checkpoint, step: int, *, now: bool) -> None:
         """Write the checkpoint, `now` or when it is due."""
-        if not now and time.monotonic() - self._saved < CHECKPOINT_SECONDS:
+        if ranks.rank() or not (now or time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
             return
         parts = {
             "trained": self.problem.trained,
@@ -191,16 +195,18 @@ class _Loop:
         """
         torch.manual_seed(_SEEDS * self.settings.seed + step)
         self._optimiser.zero_grad(set_to_none=True)
-        loss = sum(self._backward() for _ in range(self.settings.accumulate))
+        loss = self._share(sum(self._backward() for _ in range(self.settings.accumulate)))
         self._bound(step, loss)
         self._optimiser.step()
+        ranks.average([tensor for name, tensor in self.problem.trained.items() if name not in self._parameters])
         self.problem.settle(step)
         self._schedule.step()
         return loss
 
     def evaluate(self, step: int) -> float:
         """Measure the held-out loss, and keep the weights if they are the best so far."""
-        loss = self.best.offer(step, self.problem.judge())
+        own = self.problem.judge() if ranks.rank() == 0 else math.nan
+        loss = self.best.offer(step, ranks.first_of(own))
         self.outcome.losses.append((step, loss))
         return loss
 
@@ -223,6 +229,12 @@ class _Loop:
             loss.backward()
             total += loss.item()
 
+    def _share(self, loss: float) -> float:
+        """Average the gradients of all processes, and their losses."""
+        total = torch.tensor(loss)
+        ranks.average([p.grad for p in self._parameters.values() if p.grad is not None] + [total])
+        return loss if ranks.count() == 1 else float(total)
+
     def _bound(self, step: int, loss: float) -> None:
         """Clip the gradients; refuse what is not finite."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
@@ -230,7 +242,7 @@ class _Loop:
         if not (math.isfinite(loss) and bool(norms.isfinite().all())):
             told = norms if self._norms is None else self._norms  # those of the failed step are no numbers themselves
             norm, place = told.nan_to_num(math.inf, math.inf).max(0)
-            what = f"the loss became {loss}" if not math.isfinite(loss) else "a gradient became infinite"
+            what = f"the loss became {loss}" if not math.isfinite(loss) else "a gradient is no longer finite"
             when = "" if self._norms is None else " the step before"
             raise _Failed(
                 f"{what} in step {step}; the largest gradient{when} had the norm {float(norm):.3g}, "

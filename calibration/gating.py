@@ -1,5 +1,6 @@
 """Learn which channels of a widened network to keep, and train what is left."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,9 +9,9 @@ import onnx_ir
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration.distillation import Distillation
 from onnxmerge.calibration.engine import Outcome, Progress, threads, train
 from onnxmerge.calibration.gates import HardConcrete, growing_weight
-from onnxmerge.calibration.judge import Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import Objective
 from onnxmerge.calibration.settings import Checkpoint, Settings
@@ -74,8 +75,9 @@ def learn_gates(
     """
     with threads(settings.threads):
         module = GatedModule(widened, places, settings.seed)
-        problem = _Gating(module, _objectives(widened, sources, settings), sources, settings)
-        outcome = train(problem, settings, progress, checkpoint)
+        objectives = _objectives(widened, sources, settings)
+        with contextlib.closing(_Gating(module, objectives, sources, settings)) as problem:
+            outcome = train(problem, settings, progress, checkpoint)
     module.write_back(widened)
     gates = module.gates
     found = (gates.log_alpha, gates.settled(), gates.probability())
@@ -96,9 +98,9 @@ def fine_tune(
     """
     with threads(settings.threads):
         module = GraphModule(student)
-        outcome = train(
-            _Fitting(module, _objectives(student, sources, settings), sources, settings), settings, progress
-        )
+        objectives = _objectives(student, sources, settings)
+        with contextlib.closing(_FineTuning(module, objectives, sources, settings)) as problem:
+            outcome = train(problem, settings, progress, checkpoint)
     if outcome.best_step > 0:
         module.write_back(student)
     return outcome
@@ -116,70 +118,49 @@ class GatedModule(GraphModule):
 
     def forward(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
         """See `GraphModule.forward`; the inputs are those of the network without gates."""
-        if self.training:
-            gates = self.gates.draw(len(next(iter(inputs.values()))))
-        else:
-            gates = self.gates.settled()[None].masked_fill(torch.from_numpy(self._closed()), 0)
-        feeds = {gate_input(own.name): _spread(gates, own) for own in self._places.values}
-        return super().forward({**inputs, **feeds}, outputs)
+        return super().forward({**inputs, **self._feeds(inputs)}, outputs)
+
+    def value_bytes(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> int:
+        """See `GraphModule.value_bytes`; the same inputs."""
+        return super().value_bytes({**inputs, **self._feeds(inputs)}, outputs)
 
     def half_loss(self) -> Tensor:
         """Sum over the spaces of (share that stays - mean P[g > 0])^2."""
         probability = self.gates.probability()
         return torch.stack([_half_loss(probability[own.gates], own) for own in self._places.spaces]).sum()
 
+    def _feeds(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.training:
+            gates = self.gates.draw(len(next(iter(inputs.values()))))
+        else:
+            gates = self.gates.settled()[None].masked_fill(torch.from_numpy(self._closed()), 0)
+        return {gate_input(own.name): _spread(gates, own) for own in self._places.values}
+
     def _closed(self) -> np.ndarray:
         return self._places.closed(self._places.kept(self.gates.log_alpha.detach().numpy()))
 
 
-class _Fitting:
-    """The problem (`engine.Problem`) of doing what labels or teachers say."""
+class _FineTuning(Distillation):
+    """The problem (`engine.Problem`) of doing what labels or teachers say; no zeros have to stay."""
 
     def __init__(
         self, module: GraphModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
     ):
-        self._module, self._settings = module, settings
-        self._streams = [Stream((objective,)) for objective in objectives]
-        self._data = {source.name: source.calibration for source in sources}
+        data = {source.name: source.calibration for source in sources}
         held_out = {source.name: source.held_out for source in sources}
-        self._judge = Judge(module, self._streams, held_out, settings.batch, settings.seed)
-        self.skip(0)
-
-    @property
-    def trained(self) -> Mapping[str, Tensor]:
-        """The weights and norm scales, and the running statistics of batch norms if they are updated."""
-        return self._module.trainable_by_name() | (self._module.statistics() if self._updates() else {})
-
-    def losses(self) -> Iterator[Tensor]:
-        """A batch of every source."""
-        self._module.batch_statistics = self._updates()
-        for stream, batches in zip(self._streams, self._samples, strict=True):
-            yield stream.loss(self._module, next(batches))
-
-    def skip(self, rounds: int) -> None:
-        """Start behind so many batches of every source."""
-        batch, seed = self._settings.batch, self._settings.seed
-        self._samples = [stream.shuffled(self._data, batch, seed, rounds) for stream in self._streams]
-
-    def judge(self) -> float:
-        """The mean of the sources' held-out losses."""
-        self._module.batch_statistics = False
-        return self._judge.loss()
+        super().__init__(module, [Stream((objective,)) for objective in objectives], data, held_out, settings)
 
     def settle(self, step: int) -> None:
         """Nothing has to hold."""
 
-    def _updates(self) -> bool:
-        return self._settings.norm_statistics == "updating"
 
-
-class _Gating(_Fitting):
+class _Gating(_FineTuning):
     """The same, with gates."""
 
     def __init__(
         self, module: GatedModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
     ):
-        self._gated = module
+        self._gated, self._steps = module, settings.steps
         super().__init__(module, objectives, sources, settings)
 
     @property
@@ -205,7 +186,7 @@ class _Gating(_Fitting):
 
     def settle(self, step: int) -> None:
         """The half loss gains weight."""
-        self._weight = growing_weight(step / self._settings.steps)
+        self._weight = growing_weight(step / self._steps)
 
 
 def _objectives(student: onnx_ir.Model, sources: Sequence[Source], settings: Settings) -> list[Objective]:

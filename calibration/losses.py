@@ -39,11 +39,21 @@ def squared_error(z: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(z, y)
 
 
-def feature_l1(f: Tensor, f_t: Tensor) -> Tensor:
-    """mean |f - f_t| / mean |f_t|: L_d of Zippering MobileNets, eq. 2, made comparable between layers."""
-    return (f - f_t).abs().mean() / (f_t.abs().mean() + _TINY)
+def feature_l1(f: Tensor, f_t: Tensor, size: Tensor) -> Tensor:
+    """mean |f - f_t| / mean |f_t|: L_d of Zippering MobileNets, eq. 2, made comparable between layers.
+
+    `size` is mean |f_t| over the whole batch, of which f and f_t may be one process's part.
+    """
+    return (f - f_t).abs().mean() / (size + _TINY)
 
 
-def feature_l2(f: Tensor, f_t: Tensor) -> Tensor:
-    """mean (f - f_t)^2 / mean f_t^2: the squared relative error."""
-    return (f - f_t).square().mean() / (f_t.square().mean() + _TINY)
+def feature_l2(f: Tensor, f_t: Tensor, size: Tensor) -> Tensor:
+    """mean (f - f_t)^2 / mean f_t^2: the squared relative error; `size` is mean f_t^2 over the whole batch."""
+    return (f - f_t).square().mean() / (size + _TINY)
+
+
+FEATURES = {
+    "l1": (feature_l1, lambda f_t: f_t.abs().mean()),
+    "l2": (feature_l2, lambda f_t: f_t.square().mean()),
+}
+"""By `Settings.feature_norm`: the error of a feature map, and the size it is relative to."""

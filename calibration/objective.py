@@ -8,12 +8,12 @@ import onnx_ir
 import torch
 from torch import Tensor
 
-from onnxmerge.calibration import losses
+from onnxmerge.calibration import losses, ranks
 from onnxmerge.calibration.module import GraphModule, channels_last
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.data import Batch
 from onnxmerge.errors import ModelError, UsageError
-from onnxmerge.ir.outputs import is_class_shape, may_name_classes
+from onnxmerge.ir.outputs import is_class_shape, may_name_classes, same_but_for_ones
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,13 @@ class Objective:
             self._check_that_kl_applies(values)
         return self._share * total
 
-    def loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
+    def loss(
+        self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch, weight: float = 1.0
+    ) -> Tensor:
         """`output_loss` plus the weighted mean of the feature losses; `targets` as `self.targets` gives them.
+
+        Where processes share a batch, `weight` is how many times their mean part this one has: the mean of what they
+        return is the loss of the whole batch.
 
         Raises:
             ModelError: the shapes of a value and its target differ.
@@ -150,13 +155,16 @@ class Objective:
         """
         total = self.output_loss(values, targets, batch)
         if not self._taps:
-            return total
-        error = losses.feature_l1 if self._settings.feature_norm == "l1" else losses.feature_l2
+            return weight * total
+        error, size = losses.FEATURES[self._settings.feature_norm]
+        maps = targets[len(self._outputs) :]
+        sizes = weight * torch.stack([size(f_t) for f_t in maps])
+        ranks.average([sizes])
         errors = []
-        for pair, f_t in zip(self._taps, targets[len(self._outputs) :], strict=True):
+        for pair, f_t, scale in zip(self._taps, maps, sizes, strict=True):
             self._check_shapes(pair, values[pair.student], f_t)
-            errors.append(error(values[pair.student].float(), f_t))
-        return total + self._share * self._settings.feature_weight * torch.stack(errors).mean()
+            errors.append(error(values[pair.student].float(), f_t, scale))
+        return weight * (total + self._share * self._settings.feature_weight * torch.stack(errors).mean())
 
     def _run(self, batch: Batch, pairs: Sequence[Pair]) -> list[Tensor]:
         if self._teacher is None:
@@ -201,7 +209,7 @@ class Objective:
         return losses.cross_entropy(logits.flatten(1), torch.tensor(labels))
 
     def _number_loss(self, z: Tensor, y: Tensor) -> Tensor:
-        if [size for size in z.shape[1:] if size != 1] != [size for size in y.shape[1:] if size != 1]:
+        if not same_but_for_ones(z.shape[1:], y.shape[1:]):
             raise UsageError(
                 f"the labels of task {self.task!r} are numbers of shape {list(y.shape[1:])} for each sample, but its "
                 f"output has {list(z.shape[1:])}"

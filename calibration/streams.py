@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration import ranks
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import Objective
 from onnxmerge.data import Batch, Split
@@ -26,16 +28,31 @@ class Stream:
         feed = {name: x for o in self.objectives for name, x in o.feed(batches[o.task]).items()}
         return merged(feed, [name for o in self.objectives for name in (o.outputs + o.taps if taps else o.outputs)])
 
-    def loss(self, merged: GraphModule, batches: Batches) -> Tensor:
-        """Sum of the tasks' losses."""
+    def loss(self, merged: GraphModule, batches: Batches, weight: float) -> Tensor:
+        """Sum of the tasks' losses; `weight`: see `Objective.loss`."""
         values = self.run(merged, batches)
-        return torch.stack([o.loss(values, o.targets(batches[o.task]), batches[o.task]) for o in self.objectives]).sum()
+        losses = [o.loss(values, o.targets(batches[o.task]), batches[o.task], weight) for o in self.objectives]
+        return torch.stack(losses).sum()
 
     def shuffled(self, splits: Mapping[str, Split], size: int, seed: int, skip: int) -> Iterator[Batches]:
-        """Batches without end, the first `skip` left out; tasks with the very same split get the very same batch."""
-        distinct = self._distinct(splits)
-        size = min(size, *(len(split) for split in distinct.values()))
-        return self._spread(splits, {key: split.shuffled(size, seed, skip) for key, split in distinct.items()})
+        """This process's part of batches without end, the first `skip` left out.
+
+        Tasks with the very same split get the very same batch.
+        """
+        distinct, part = self._distinct(splits), (ranks.rank(), ranks.count())
+        size = self._size(splits, size)
+        return self._spread(splits, {key: s.shuffled(size, seed, skip, part) for key, s in distinct.items()})
+
+    def weight(self, splits: Mapping[str, Split], size: int) -> float:
+        """How many times the mean part of a batch this process's part of it is.
+
+        Raises:
+            UsageError: there are fewer samples in a batch than processes.
+        """
+        size = self._size(splits, size)
+        if size < ranks.count():
+            raise UsageError(f"a batch of {size} samples cannot be shared by {ranks.count()} processes")
+        return len(np.array_split(np.arange(size), ranks.count())[ranks.rank()]) * ranks.count() / size
 
     def subset(self, splits: Mapping[str, Split], samples: int, size: int, seed: int) -> Iterator[Batches]:
         """At most `samples` samples of each task, once, in batches of `size`."""
@@ -48,6 +65,9 @@ class Stream:
         batches = next(self.subset(splits, 1, 1, 0))
         feed = {name: x for o in self.objectives for name, x in o.feed(batches[o.task]).items()}
         return merged.value_bytes(feed, [name for o in self.objectives for name in o.outputs + o.taps])
+
+    def _size(self, splits: Mapping[str, Split], size: int) -> int:
+        return min(size, *(len(split) for split in self._distinct(splits).values()))
 
     def _distinct(self, splits: Mapping[str, Split]) -> dict[int, Split]:
         return {id(splits[o.task]): splits[o.task] for o in self.objectives}

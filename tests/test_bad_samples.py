@@ -57,11 +57,11 @@ BAD = {
     ),
     "NaN in labels": (
         {"labels": with_one(SOUND["labels"], (5,), np.nan)},
-        "array 'labels' is float64, but labels are integers, a class number each",
+        "array 'labels' holds NaN or infinity as float32 in sample 5",
     ),
     "NaN in held-out labels": (
         {"test_labels": with_one(SOUND["test_labels"], (5,), np.nan)},
-        "array 'test_labels' is float64, but labels are integers, a class number each",
+        "array 'test_labels' holds NaN or infinity as float32 in sample 5",
     ),
     "the same over and over": (
         {"x": np.ones((SAMPLES, 6), np.float32)},

@@ -28,6 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (logits,) = run(model, x)
         np.savez(folder / f"{task}.npz", x=x, labels=logits.argmax(1))
         np.savez(folder / f"numbers-{task}.npz", x=x, labels=2 * logits)
+        np.savez(folder / f"floats-{task}.npz", x=x, labels=logits.argmax(1).astype(np.float32))
     how = package.ZipSettings(share="2", max_drop=None, steps=0, samples=60, threads=1, measure=False)
     package.zip_models(models, folder / "samples.npz", folder / "zipped", settings=how)
     shutil.copy(folder / "zipped" / "merged.onnx", folder / "both.onnx")
@@ -201,6 +202,7 @@ def test_what_was_learned_before_a_loss_was_no_number_is_kept(
         (["--teacher", "{gone}", "--data", "{s}"], "gone.onnx"),
         (["--teacher", "{a}", "--data", "{gone}"], "gone.onnx"),
         (["--teacher", "{a}", "--data", "{s}", "--labels"], "the data of task 'a' has no labels"),
+        (["--teacher", "{a}", "--data", "{floats}", "--labels"], "output 'logits' has [4]; class numbers are integers"),
         (["--teacher", "{a}", "--data", "{s}", "--optimiser", "lion"], "optimiser must be adamw or sgd, not 'lion'"),
         (["--teacher", "{a}", "--data", "{s}", "--rate", "0"], "rate must be above 0, not 0.0"),
         (["--teacher", "{wide}", "--data", "{s}"], "has no output wide/logits"),
@@ -211,8 +213,9 @@ def test_what_was_learned_before_a_loss_was_no_number_is_kept(
 def test_bad_input_is_one_clear_sentence(arguments: list[str], message: str, work: Path, tmp_path: Path) -> None:
     tiny(work / "wide.onnx", channels=2)
     tiny(work / "many.onnx", classes=7)
-    names = {"a": "a.onnx", "b": "b.onnx", "s": "samples.npz", "gone": "gone.onnx", "wide": "wide.onnx"}
-    names = {key: str(work / name) for key, name in (names | {"many": "many.onnx"}).items()}
+    files = {"s": "samples.npz", "floats": "floats-a.npz"}
+    files |= {name: f"{name}.onnx" for name in ("a", "b", "gone", "wide", "many")}
+    names = {key: str(work / file) for key, file in files.items()}
     code, _, stderr = onnxmerge(
         *("calibrate", work / "both.onnx", "-o", tmp_path / "out", "--threads", 1, "--steps", 2),
         *(argument.format(**names) for argument in arguments),

@@ -35,8 +35,8 @@ def test_losses_by_hand() -> None:
     assert losses.kl(z_t, z_t, 2.0).item() == pytest.approx(0.0, abs=1e-7)
     f, f_t = torch.tensor([1.0, -1.0, 3.0]), torch.tensor([2.0, -2.0, 2.0])
     assert losses.logit_error(f, f_t, variance=2.0).item() == pytest.approx(0.5)
-    assert losses.feature_l1(f, f_t).item() == pytest.approx(0.5)
-    assert losses.feature_l2(f, f_t).item() == pytest.approx(0.25)
+    assert losses.feature_l1(f, f_t, f_t.abs().mean()).item() == pytest.approx(0.5)
+    assert losses.feature_l2(f, f_t, f_t.square().mean()).item() == pytest.approx(0.25)
     assert losses.cross_entropy(z, torch.tensor([1])).item() == pytest.approx(math.log(2.0))
 
 

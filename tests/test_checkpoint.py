@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import onnx_ir
 import pytest
 import torch
 from calibrating import INPUTS, OUTPUTS, TASKS, TEACHERS, Memory, merge, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from test_cli import onnxmerge, tiny
+from test_engine import Line
 
 import onnxmerge.calibration.engine as engine
 from onnxmerge.calibration.distillation import calibrate
-from onnxmerge.calibration.engine import Done, Outcome
-from onnxmerge.calibration.settings import Checkpoint, Settings
+from onnxmerge.calibration.engine import Done, Outcome, train
+from onnxmerge.calibration.settings import Checkpoint, Settings, Training
 from onnxmerge.data import Split
 from onnxmerge.errors import UsageError
 
@@ -27,13 +31,13 @@ def run(merged: onnx_ir.Model, checkpoint: Checkpoint | None, kill_at: int | Non
     """Calibrate on two streams; `kill_at`: end this process with SIGKILL after that step."""
     held_out = dict.fromkeys(TASKS, Split(Memory(70, 9)))
     data = {task: Split(Memory(100, seed)) for seed, task in enumerate(TASKS)}
-    settings = Settings(**{"steps": 40, "evaluations": 5, "threads": 1, "batch": 32} | given)
+    how = Settings(**{"steps": 40, "evaluations": 5, "threads": 1, "batch": 32} | given)
 
     def progress(done: Done) -> None:
         if done.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return calibrate(merged, TEACHERS, OUTPUTS, INPUTS, [], data, held_out, settings, progress, checkpoint)
+    return calibrate(merged, TEACHERS, OUTPUTS, INPUTS, [], data, held_out, how, progress, checkpoint)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -93,6 +97,41 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(engine._Loop, "advance", lambda self, step: pytest.fail("a step was taken"))
     assert run(second, Checkpoint(checkpoint.path, resume=True)) == outcome
     assert weights(first) == weights(second)
+
+
+@given(
+    stop=st.integers(1, 24),
+    how=st.fixed_dictionaries(
+        {
+            "steps": st.integers(1, 24),
+            "evaluations": st.integers(1, 30),
+            "optimiser": st.sampled_from(["adamw", "sgd"]),
+            "schedule": st.sampled_from(["one-cycle", "milestones"]),
+            "milestones": st.sampled_from([(), (0.1, 0.5), (0.2, 0.25, 0.3)]),
+            "momentum": st.sampled_from([0.0, 0.9]),
+            "accumulate": st.integers(1, 3),
+            "clip": st.sampled_from([None, 0.5]),
+            "patience": st.sampled_from([None, 1, 3]),
+            "rate": st.sampled_from([0.01, 0.3]),
+        }
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_run_stopped_anywhere_goes_on(stop: int, how: dict[str, Any]) -> None:
+    training = Training(seed=5, threads=1, bfloat16=False, **how)
+
+    def halt(done: Done) -> None:
+        if done.step == stop:
+            raise KeyboardInterrupt
+
+    whole, stopped, resumed = Line(rounds=2), Line(rounds=2), Line(rounds=2)
+    expected = train(whole, training)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c"
+        train(stopped, training, halt, Checkpoint(path))
+        assert train(resumed, training, None, Checkpoint(path, resume=True)) == expected
+    assert torch.equal(resumed.weight, whole.weight) and torch.equal(resumed.mean, whole.mean)
+    assert resumed.drawn == whole.drawn[len(whole.drawn) - len(resumed.drawn) :]
 
 
 @pytest.mark.parametrize("other", ["settings", "recipe", "start", "damaged", "no checkpoint", "not asked for"])

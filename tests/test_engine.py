@@ -1,7 +1,10 @@
 """The training loop, on problems small enough to be solved by hand-written torch."""
 
+import itertools
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir
@@ -10,12 +13,14 @@ import torch
 from calibrating import INPUTS, Memory, network, noise, run_onnx, weights
 from torch import Tensor
 
+from onnxmerge.calibration.ahead import Ahead
 from onnxmerge.calibration.distillation import calibrate
-from onnxmerge.calibration.engine import Done, train
+from onnxmerge.calibration.engine import Done, Outcome, train
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.settings import Settings, Training
 from onnxmerge.data import Batch, Split
 from onnxmerge.errors import UsageError
+from onnxmerge.methods.calibrating import Told, remarks
 
 
 class Line:
@@ -196,11 +201,14 @@ def test_settings_that_cannot_work(given: dict[str, Any], message: str) -> None:
 
 
 def alone(model: onnx_ir.Model, samples: Memory, **given: Any) -> list[tuple[int, float]]:
+    return alone_outcome(model, samples, **given).losses
+
+
+def alone_outcome(model: onnx_ir.Model, samples: Memory, **given: Any) -> Outcome:
     split = Split(samples)
     how = Settings(**{"steps": 12, "batch": 32, "evaluations": 1, "threads": 1, "bfloat16": False} | given)
     names = {"t": {"y": "y"}}
-    outcome = calibrate(model, {"t": network(3)}, names, {"t": INPUTS["a"]}, [], {"t": split}, {"t": split}, how)
-    return outcome.losses
+    return calibrate(model, {"t": network(3)}, names, {"t": INPUTS["a"]}, [], {"t": split}, {"t": split}, how)
 
 
 LABELS = {"kl_weight": 0.0, "logit_weight": 0.0, "label_weight": 1.0}
@@ -292,3 +300,69 @@ def test_progress_is_told_of_losses() -> None:
     told: list[Done] = []
     train(Line(), settings(steps=4, evaluations=2), told.append)
     assert [done.held_out is not None for done in told] == [False, True, False, True]
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_ahead_comes_in_order_and_ends() -> None:
+    items = Ahead(iter(range(50)))
+    assert list(items) == list(range(50)) and list(items) == []
+    items.close()
+
+
+def test_a_fault_in_reading_comes_out_where_the_item_was_due() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise UsageError("a sample cannot be read")
+
+    items = Ahead(broken())
+    assert next(items) == 1
+    for _ in range(2):
+        with pytest.raises(UsageError, match="a sample cannot be read"):
+            next(items)
+    items.close()
+
+
+def test_closing_ends_the_thread_and_no_more_is_read_than_needed() -> None:
+    drawn: list[int] = []
+
+    def endless() -> Iterator[int]:
+        for number in itertools.count():
+            drawn.append(number)
+            yield number
+
+    before = threading.active_count()
+    items = Ahead(endless())
+    assert next(items) == 0
+    items.close()
+    assert threading.active_count() == before and len(drawn) <= 4
+
+
+def test_waiting_for_slow_samples_is_measured_and_told() -> None:
+    class Slow(Memory):
+        def read(self, rows: np.ndarray) -> Batch:
+            time.sleep(0.1)
+            return super().read(rows)
+
+    slow, fast = (alone_outcome(network(10), samples(64, 1), steps=10, batch=64) for samples in (Slow, Memory))
+    assert slow.waited > 0.3 and slow.waited > fast.waited
+    assert remarks("k01", Outcome(waited=0.1)) == []
+    (remark,) = remarks("k01", slow)
+    assert remark.startswith("The calibration of k01 waited for samples ")
+
+
+def test_progress_says_loss_and_speed() -> None:
+    class Line:
+        notes: ClassVar[list[str]] = []
+
+        def stage(self, name: str, total: int | None = None) -> None: ...
+
+        def advance(self, note: str = "") -> None:
+            self.notes.append(note)
+
+    tell = Told(Line())
+    tell(Done(3, 5, 0.5, None))
+    tell(Done(4, 5, 0.25, 0.125))
+    assert Line.notes[:2] == ["", ""] and Line.notes[2].startswith("loss 0.5000, ")  # two steps were taken before
+    assert Line.notes[3].startswith("loss 0.2500, held-out loss 0.1250, ") and Line.notes[3].endswith(" steps/s")

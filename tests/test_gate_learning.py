@@ -176,6 +176,29 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_fine_tuning_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
+    settings = Settings(**{**LABELS.__dict__, "evaluations": 4})
+
+    def run(name, *, stop=None, resume=False):
+        own, steps = wide("residual"), []
+
+        def progress(done):
+            steps.append(done.step)
+            if done.step == stop:
+                raise KeyboardInterrupt
+
+        checkpoint = Checkpoint(tmp_path / name, resume=resume)
+        fine_tune(own.model, [source(own, "residual", 5)], settings, progress, checkpoint)
+        return steps, [get_array(v) for v in own.model.graph.initializers.values()]
+
+    _, whole = run("whole")
+    run("stopped", stop=13)
+    steps, resumed = run("stopped", resume=True)
+    assert steps[0] > 1
+    for a, b in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_batch_norms_follow_what_they_see():
     own = wide("residual")
     names = [n.inputs[3].name for n in own.model.graph if n.op_type == "BatchNormalization"]

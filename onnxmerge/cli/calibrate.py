@@ -8,10 +8,12 @@ import typer
 from onnxmerge.calibration.settings import Settings
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
+from onnxmerge.cli.processes import one_of_many
 from onnxmerge.cli.progress import Bars
 
 
 @reports_errors
+@one_of_many
 def calibrate(
     merged: Annotated[Path, typer.Argument(help="The merged ONNX file.", show_default=False)],
     teacher: Annotated[
@@ -51,6 +53,14 @@ def calibrate(
     norm_statistics: Annotated[
         str, typer.Option("--norm-statistics", metavar="frozen|updating", help="Running statistics of batch norms.")
     ] = Settings.norm_statistics,
+    bfloat16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bfloat16/--float32",
+            help="Precision of a step; by default bfloat16 where the CPU has instructions for it.",
+            show_default=False,
+        ),
+    ] = None,
     labels: options.Labels = False,
     kl_weight: Annotated[
         float, typer.Option("--kl-weight", help="Weight of the KL divergence to the teachers.")
@@ -97,6 +107,7 @@ def calibrate(
         seed=seed,
         evaluations=evaluations,
         threads=threads,
+        bfloat16=bfloat16,
         kl_weight=kl_weight,
         temperature=temperature,
         logit_weight=logit_weight,

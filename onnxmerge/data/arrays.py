@@ -106,15 +106,7 @@ class ArraySamples:
                     f"{self._source}: array {name!r} holds NaN or infinity as {spec.dtype} in sample {bad}"
                 )
             inputs[spec.name] = values
-        return Batch(inputs, None if self._labels is None else self._labels_of(rows, self._labels))
-
-    def _labels_of(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        if labels.dtype.kind == "i":
-            return labels[rows]
-        numbers = labels[rows].astype(np.float32)
-        if not np.isfinite(numbers).all():
-            raise UsageError(f"{self._source}: the labels hold NaN or infinity among the samples {rows.tolist()[:10]}")
-        return numbers
+        return Batch(inputs, None if self._labels is None else _as_read(self._labels[rows]))
 
     def _check_shape(self, name: str, array: np.ndarray, spec: InputSpec) -> None:
         """Prepare one sample: its shape is what the model would be fed."""
@@ -235,10 +227,28 @@ def _labels(source: str, name: str, labels: np.ndarray, samples_name: str, count
             f"need labels of shape ({count},{' ...' if kind == 'f' else ''})"
         )
     if kind == "f":
-        return labels
+        return _finite(source, name, labels)
     if labels.min() < 0:
         raise UsageError(f"{source}: array {name!r} holds the class number {labels.min()}, but they start from 0")
     return labels.astype(np.int64)
+
+
+def _finite(source: str, name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same; read once, a piece at a time."""
+    rows = max(1, _CHUNK // max(1, numbers.itemsize * numbers[:1].size))
+    for start in range(0, len(numbers), rows):
+        with np.errstate(over="ignore"):
+            piece = _as_read(numbers[start : start + rows])
+        finite = np.isfinite(piece).reshape(len(piece), -1).all(1)
+        if not finite.all():
+            row = start + int(finite.argmin())
+            raise UsageError(f"{source}: array {name!r} holds NaN or infinity as {piece.dtype} in sample {row}")
+    return numbers
+
+
+def _as_read(labels: np.ndarray) -> np.ndarray:
+    """Labels as batches have them."""
+    return labels if labels.dtype == np.int64 else labels.astype(np.float32)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -85,10 +85,11 @@ class Split:
         for start in range(0, len(self), size):
             yield self._samples.read(self._rows[start : start + size])
 
-    def shuffled(self, size: int, seed: int, skip: int = 0) -> Iterator[Batch]:
+    def shuffled(self, size: int, seed: int, skip: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """Full batches without end, reshuffled each epoch; `size` is clipped to the number of samples.
 
         What is left over at the end of an epoch waits for a later one. The first `skip` batches are left out, unread.
+        Of each batch only part number `part[0]`, from 0, of `part[1]` nearly equal ones is read.
         """
         _check_batch_size(size)
         generator = np.random.default_rng(seed)
@@ -99,7 +100,7 @@ class Split:
                 if skip:
                     skip -= 1
                     continue
-                yield self._samples.read(order[start : start + size])
+                yield self._samples.read(np.array_split(order[start : start + size], part[1])[part[0]])
 
     def take(self, samples: int, seed: int) -> "Split":
         """A random subset of `samples` samples in the source's order, or all of them when there are no more.

@@ -1,6 +1,8 @@
 """A folder of images, decoded batch by batch; one sub-folder for each class when labelled."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,8 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 """What counts as an image file, by its lower-case suffix."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's pixel mode for each channel count."""
+_WORKERS = min(os.cpu_count() or 1, 8)
+"""Files decoded at once."""
 _WIDE_MODES = frozenset({"F", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
@@ -47,7 +51,8 @@ class ImageSamples:
 
     def read(self, rows: np.ndarray) -> Batch:
         """See `Samples.read`."""
-        pixels = np.stack([self._decode(self._paths[row]) for row in rows])
+        with ThreadPoolExecutor(_WORKERS) as workers:  # Pillow decodes and resizes outside the interpreter's lock
+            pixels = np.stack(list(workers.map(self._decode, [self._paths[row] for row in rows])))
         values = self._after.apply(pixels, self._spec, str(self._paths[rows[0]]))
         return Batch({self._spec.name: values}, None if self._labels is None else self._labels[rows])
 

@@ -18,6 +18,11 @@ def is_class_shape(shape: Sequence[int]) -> bool:
     return len(shape) in (2, 4) and shape[1] > 1 and all(size == 1 for size in shape[2:])
 
 
+def same_but_for_ones(ours: Sequence[int], theirs: Sequence[int]) -> bool:
+    """Whether two shapes differ in axes of size 1 at most."""
+    return [size for size in ours if size != 1] == [size for size in theirs if size != 1]
+
+
 def may_name_classes(model: oir.Model, output: str) -> bool:
     """Whether `output` may hold logits or probabilities of classes, by the operators that end it.
 

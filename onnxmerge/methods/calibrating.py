@@ -55,16 +55,26 @@ def calibrate_merged(
     return outcome
 
 
+SLOW_READING = 0.25
+"""Share of the time spent on waiting for samples that is worth a note."""
+
+
 def remarks(name: str, outcome: Outcome) -> list[str]:
-    """What a report must say of the calibration of `name`: that it ended before its last step, and why."""
+    """What a report must say of the calibration of `name`: why it ended before its last step, what held it up."""
+    found = []
     if outcome.failure is not None:
-        return [f"The calibration of {name} ended early: {outcome.failure}."]
+        found.append(f"The calibration of {name} ended early: {outcome.failure}.")
     if outcome.stopped is not None:
-        return [
+        found.append(
             f"The calibration of {name} ended after step {outcome.stopped}, for the held-out loss had not fallen since "
             f"step {outcome.best_step}."
-        ]
-    return []
+        )
+    if outcome.waited > SLOW_READING:
+        found.append(
+            f"The calibration of {name} waited for samples {outcome.waited:.0%} of its time; an .npz that is ready to "
+            "feed is read faster than images."
+        )
+    return found
 
 
 class Told:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.data import Split
+from onnxmerge.data import Batch, Split
 from onnxmerge.errors import UsageError
-from onnxmerge.ir.outputs import is_class_shape, may_name_classes
+from onnxmerge.ir.outputs import is_class_shape, may_name_classes, same_but_for_ones
 from onnxmerge.report.schema import TaskScore
 from onnxmerge.runtime.activations import BATCH, Samples, stream
 
@@ -103,14 +103,21 @@ def compare(
     tally.may_classify = may_name_classes(merged, names[0])
     ours = stream(merged, merged_samples, names, threads=threads)
     for batch, ran, expected in zip(split.batches(BATCH), ours, original, strict=True):
-        _check_labels(batch.classes, expected[original_names[0]], original_names[0])
+        _check_labels(batch, expected[original_names[0]], original_names[0])
         tally.update([ran[n] for n in names], [expected[n] for n in original_names], batch.classes)
     return tally
 
 
-def _check_labels(labels: np.ndarray | None, output: np.ndarray, name: str) -> None:
-    if labels is not None and is_class_shape(output.shape) and len(labels) and labels.max() >= output.shape[1]:
+def _check_labels(batch: Batch, output: np.ndarray, name: str) -> None:
+    classes, numbers = batch.classes, batch.labels
+    if classes is not None:
+        if is_class_shape(output.shape) and len(classes) and classes.max() >= output.shape[1]:
+            raise UsageError(
+                f"a label says class {int(classes.max())}, but the output {name!r} has {output.shape[1]} classes; "
+                "do these labels belong to this task?"
+            )
+    elif numbers is not None and not same_but_for_ones(numbers.shape[1:], output.shape[1:]):
         raise UsageError(
-            f"a label says class {int(labels.max())}, but the output {name!r} has {output.shape[1]} classes; "
-            "do these labels belong to this task?"
+            f"the labels are floats of shape {list(numbers.shape[1:])} for each sample, but the output {name!r} has "
+            f"{list(output.shape[1:])}; class numbers are integers"
         )

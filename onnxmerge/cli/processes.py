@@ -1,0 +1,38 @@
+"""Under torchrun every process runs the whole command; the first one alone writes and prints."""
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def one_of_many(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command that trains: processes but the first write to a folder of their own, which is thrown away.
+
+    With `--resume` that is a copy, so that all find the same candidates finished.
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            command(*args, **kwargs)
+            return
+        from onnxmerge.calibration.ranks import joined, wait_for_all
+
+        with joined() as rank, contextlib.ExitStack() as stack:
+            output: Path | None = kwargs.get("output")
+            if rank and output is not None:
+                own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxmerge-"))) / "out"
+                if kwargs["resume"] and output.is_dir():
+                    shutil.copytree(output, own)
+                kwargs |= {"output": own, "report": None, "quiet": True}
+                nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            wait_for_all()
+            command(*args, **kwargs)
+
+    return wrapped
