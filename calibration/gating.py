@@ -9,6 +9,7 @@ import onnx_ir
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration import ranks
 from onnxmerge.calibration.distillation import Distillation
 from onnxmerge.calibration.engine import Outcome, Progress, threads, train
 from onnxmerge.calibration.gates import HardConcrete, growing_weight
@@ -74,7 +75,7 @@ def learn_gates(
         ModelError, UsageError: see `onnxmerge.calibration.objective.Objective`.
     """
     with threads(settings.threads):
-        module = GatedModule(widened, places, settings.seed)
+        module = GatedModule(widened, places, settings.seed, settings.batch)
         objectives = _objectives(widened, sources, settings)
         with contextlib.closing(_Gating(module, objectives, sources, settings)) as problem:
             outcome = train(problem, settings, progress, checkpoint)
@@ -109,12 +110,13 @@ def fine_tune(
 class GatedModule(GraphModule):
     """A network with gates (see `InsertGates`): drawn for each sample in training, else settled.
 
-    In evaluation the gates of channels that would not be kept are closed.
+    In evaluation the gates of channels that would not be kept are closed. Where processes share a batch of `batch`
+    samples, all draw gates for the whole of it, and each takes those of its part.
     """
 
-    def __init__(self, widened: onnx_ir.Model, places: GatePlaces, seed: int):
+    def __init__(self, widened: onnx_ir.Model, places: GatePlaces, seed: int, batch: int = 1):
         super().__init__(InsertGates(places)(widened).model)
-        self.gates, self._places = HardConcrete(places.count, seed), places
+        self.gates, self._places, self._batch = HardConcrete(places.count, seed), places, batch
 
     def forward(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
         """See `GraphModule.forward`; the inputs are those of the network without gates."""
@@ -131,7 +133,10 @@ class GatedModule(GraphModule):
 
     def _feeds(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.training:
-            gates = self.gates.draw(len(next(iter(inputs.values()))))
+            samples = len(next(iter(inputs.values())))
+            drawn = self.gates.draw(max(self._batch, samples))
+            start = int(np.array_split(np.arange(len(drawn)), ranks.count())[ranks.rank()][0])
+            gates = drawn[start : start + samples]
         else:
             gates = self.gates.settled()[None].masked_fill(torch.from_numpy(self._closed()), 0)
         return {gate_input(own.name): _spread(gates, own) for own in self._places.values}

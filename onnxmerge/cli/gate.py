@@ -7,6 +7,7 @@ import typer
 
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
+from onnxmerge.cli.processes import one_of_many
 from onnxmerge.cli.progress import Bars
 from onnxmerge.errors import GateFailed, UsageError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 @reports_errors
+@one_of_many
 def gate(
     models: options.Models,
     data: options.Data = [],  # noqa: B006 (typer reads the default, nobody changes it)
