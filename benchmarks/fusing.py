@@ -9,7 +9,7 @@ import onnx_ir as oir
 from mlps import mnist
 
 from onnxmerge.methods.align import Pair, align_layers
-from onnxmerge.methods.fuse.ensemble import Ensemble
+from onnxmerge.methods.ensemble import Ensemble
 from onnxmerge.methods.fuse.fusing import FuseOptions, fuse_networks
 from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.progress import Silent

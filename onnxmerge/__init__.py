@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.fuse.fuse import fuse_models, plan_fuse
     from onnxmerge.methods.fuse.settings import FuseSettings
+    from onnxmerge.methods.gate import GateSettings, gate_models, plan_gate
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
@@ -26,15 +27,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "FuseSettings": "onnxmerge.methods.fuse.settings",
+    "GateSettings": "onnxmerge.methods.gate",
     "Settings": "onnxmerge.calibration.settings",
     "ZipSettings": "onnxmerge.methods.zip.settings",
     "align_models": "onnxmerge.methods.align",
     "calibrate_model": "onnxmerge.methods.calibrate",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse.fuse",
+    "gate_models": "onnxmerge.methods.gate",
     "inspect_model": "onnxmerge.methods.inspect",
     "pack_models": "onnxmerge.methods.pack.pack",
     "plan_fuse": "onnxmerge.methods.fuse.fuse",
+    "plan_gate": "onnxmerge.methods.gate",
     "plan_zip": "onnxmerge.methods.zip.zip",
     "validate_model": "onnxmerge.methods.validate",
     "zip_models": "onnxmerge.methods.zip.zip",
@@ -43,15 +47,18 @@ _HOMES = {
 __all__ = [
     "Bounds",
     "FuseSettings",
+    "GateSettings",
     "Settings",
     "ZipSettings",
     "align_models",
     "calibrate_model",
     "extract_task",
     "fuse_models",
+    "gate_models",
     "inspect_model",
     "pack_models",
     "plan_fuse",
+    "plan_gate",
     "plan_zip",
     "validate_model",
     "zip_models",

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from graphs import dense
 from safetensors import safe_open
 from test_calibrate import TASKS, calibrate, error_of, work
 
@@ -106,6 +108,25 @@ def test_zip_runs_in_several_processes(work: Path, tmp_path: Path) -> None:
     again = torchrun(*common, "--threads", 1, "-o", tmp_path / "out", "--json", "--resume")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out/k02.onnx").read_bytes() == made and (tmp_path / "out/k02.json").is_file()
+
+
+def test_two_processes_learn_the_gates_of_one(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        onnx.save(dense(seed=seed).proto(), tmp_path / f"{name}.onnx")
+    x = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, labels=(x @ np.random.default_rng(1).standard_normal((6, 4))).argmax(1))
+    arguments = ["gate", tmp_path / "a.onnx", tmp_path / "b.onnx", "--data", tmp_path / "data.npz", "--threads", 1]
+    arguments += ["--gate-steps", 40, "--steps", 20, "--json"]
+    found = []
+    for count in (1, 2):
+        done = torchrun(*arguments, "-o", tmp_path / str(count), processes=count)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["candidates"])
+    for one, two in zip(*found, strict=True):
+        losses = [[loss for _, loss in own["losses"]] for own in (one, two)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    kept = [[space["kept"] for space in own[0]["gates"]] for own in found]
+    assert kept[0] == kept[1]
 
 
 def test_parts_of_a_batch_make_the_batch() -> None:

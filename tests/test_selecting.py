@@ -9,9 +9,9 @@ from graphs import dense, execute, relative_error
 
 from onnxmerge.ir.save import save
 from onnxmerge.methods.align import align_layers
+from onnxmerge.methods.ensemble import Ensemble
 from onnxmerge.methods.fuse.choices import Targets
 from onnxmerge.methods.fuse.counterparts import FuseOptions, find_counterpart, mapped_spaces, reference_itself
-from onnxmerge.methods.fuse.ensemble import Ensemble
 from onnxmerge.methods.fuse.fusing import fuse_networks, kept_network, refit_heads
 from onnxmerge.methods.fuse.selecting import select
 from onnxmerge.methods.progress import Silent

@@ -2,7 +2,7 @@
 
 import typer
 
-from onnxmerge.cli import align, bench, calibrate, demo, extract, fuse, inspect, pack, validate, zip
+from onnxmerge.cli import align, bench, calibrate, demo, extract, fuse, gate, inspect, pack, validate, zip
 
 app = typer.Typer(
     name="onnxmerge",
@@ -16,6 +16,7 @@ app.command("align")(align.align)
 app.command("pack")(pack.pack)
 app.command("zip")(zip.zip)
 app.command("fuse")(fuse.fuse)
+app.command("gate")(gate.gate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("validate")(validate.validate)
 app.command("extract")(extract.extract)

@@ -63,7 +63,7 @@ class Network:
     Attributes:
         name: prefix of the task's outputs in the merged model.
         path: the file.
-        model: its normal form with batch norms folded.
+        model: its normal form, as a rule with batch norms folded.
         parameters: floating-point numbers in the file's normal form, before folding.
         paddings: by the inputs of the model the zeros that the network's own samples lack.
     """
@@ -158,10 +158,12 @@ def task_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     return names
 
 
-def load_networks(paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool = True) -> list[Network]:
+def load_networks(
+    paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool = True, folded: bool = True
+) -> list[Network]:
     """Load the networks, bring them to one opset, fold their batch norms, and check that they can share their inputs.
 
-    Without `same_inputs` these may have different sizes.
+    Without `same_inputs` these may have different sizes; without `folded` layers stay as they are.
 
     Raises:
         UsageError: fewer than two networks, or their inputs differ.
@@ -177,7 +179,13 @@ def load_networks(paths: Sequence[str | os.PathLike[str]], *, same_inputs: bool 
         raise_opset(model, opset)
     for path, model in zip(paths[1:], models[1:], strict=True):
         _check_inputs(paths[0], models[0], path, model, same_inputs)
-    return [simple_network(*found) for found in zip(names, paths, models, strict=True)]
+    make = simple_network if folded else network
+    return [make(*found) for found in zip(names, paths, models, strict=True)]
+
+
+def network(name: str, path: str | os.PathLike[str], model: oir.Model) -> Network:
+    """The network called `name`, read from `path`, with its layers as they are."""
+    return Network(name, Path(path), model, parameter_count(model))
 
 
 def simple_network(name: str, path: str | os.PathLike[str], model: oir.Model) -> Network:

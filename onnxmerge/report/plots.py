@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from onnxmerge.report.figures import one_line, significant
 from onnxmerge.report.fuse_plots import layer_links, quality_of_all
+from onnxmerge.report.gate_plots import gates
 from onnxmerge.report.heat_map import heat_map
 from onnxmerge.report.labels import label_points
 from onnxmerge.report.schema import Candidate, Result, TaskScore
@@ -33,7 +34,7 @@ class _Quality:
 def plots(result: Result) -> list[Plot]:
     """All plots the result has figures for."""
     if is_fused(result):
-        drawn = [quality_of_all(result), *layer_links(result), calibration(result)]
+        drawn = [quality_of_all(result), *layer_links(result), calibration(result), gates(result)]
         return [plot for plot in drawn if plot is not None]
     drawn = [quality_by_share(result), trade_off(result), similarity(result), calibration(result), heat_map(result)]
     return [plot for plot in drawn if plot is not None]

@@ -70,6 +70,16 @@ class MemoryRecord(_Record):
     separate: float | None = None
 
 
+class GatedSpace(_Record):
+    """A channel space of all originals together whose channels were chosen by gates."""
+
+    name: str
+    probability: list[float]
+    """Of each channel P[g > 0]; a run of the first original's channels comes before that of the second."""
+    kept: list[int]
+    """The channels that stayed, ascending."""
+
+
 class Candidate(_Record):
     """One merged model. `share` is the number k of stem units (layers or blocks) computed once."""
 
@@ -98,6 +108,8 @@ class Candidate(_Record):
     """How many neurons of each channel space are shared, where that was decided while the candidate was made."""
     losses: list[tuple[int, float]] = Field(default_factory=list)
     """Held-out calibration loss: (step, loss), step 0 being the closed form."""
+    gates: list[GatedSpace] = Field(default_factory=list)
+    """What gates said of each channel space, in `gate`; left out of other methods' `report.json`."""
 
     @property
     def worst_drop(self) -> float | None:
@@ -233,7 +245,7 @@ class Result(_Record):
     layer_map: LayerMap | None = None
     """What `align` found; left out of other methods' `report.json`."""
     originals: dict[str, TaskScore] = Field(default_factory=dict)
-    """Each original against the ensemble of all, in `fuse`; left out of other methods' `report.json`."""
+    """Each original against the ensemble of all, in `fuse` and `gate`; left out of other methods' `report.json`."""
     layer_maps: dict[str, LayerLinks] = Field(default_factory=dict)
     """For each original but the reference its layer map, in `fuse`; left out of other methods' `report.json`."""
     pictures: list[Pictures] = Field(default_factory=list, exclude=True)
@@ -241,7 +253,9 @@ class Result(_Record):
 
     def to_json(self) -> str:
         """The text of `report.json`."""
-        absent = {name for name in ("layer_map", "originals", "layer_maps") if not getattr(self, name)}
+        absent: dict[str, Any] = {n: True for n in ("layer_map", "originals", "layer_maps") if not getattr(self, n)}
+        if not any(candidate.gates for candidate in self.candidates):
+            absent["candidates"] = {"__all__": {"gates"}}
         return self.model_dump_json(by_alias=True, indent=2, exclude=absent) + "\n"
 
     def candidate(self, name: str) -> Candidate:

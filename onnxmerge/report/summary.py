@@ -24,7 +24,7 @@ def original_bytes(result: Result) -> int | None:
 
 def is_fused(result: Result) -> bool:
     """Whether the originals have one task, so that their ensemble is what candidates are compared with."""
-    return result.method == "fuse"
+    return result.method in ("fuse", "gate")
 
 
 def best_original(result: Result) -> tuple[str, float] | None:
@@ -60,7 +60,10 @@ def _fused(chosen: Candidate, result: Result) -> str:
 
 
 def _why(chosen: Candidate, result: Result) -> str:
-    """Why a fuse chose what it did."""
+    """Why a fuse or a gate run chose what it did."""
+    if result.method == "gate":
+        tuned = f", fine-tuned for {chosen.steps} steps" if chosen.steps else ""
+        return f"the channels of the originals that gates selected{tuned}"
     if chosen.steps:
         started = "" if chosen.start is None else f" {one_line(chosen.start)}"
         return f"the candidate{started} calibrated for {chosen.steps} steps with the originals as teachers"

@@ -20,23 +20,20 @@ import onnx_ir as oir
 
 from onnxmerge.errors import ModelError
 from onnxmerge.files import claim_folder, write_text
-from onnxmerge.ir.layers import find_layers, parameter_count
-from onnxmerge.ir.load import load
-from onnxmerge.ir.save import stored_bytes
+from onnxmerge.ir.layers import find_layers
 from onnxmerge.ir.stages import find_steps
 from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.fuse.choices import Rule, Start, Targets
 from onnxmerge.methods.fuse.counterparts import Counterpart, FuseOptions
-from onnxmerge.methods.fuse.ensemble import Ensemble
 from onnxmerge.methods.fuse.fusing import find_counterparts, fuse_counterparts, kept_network, refit_heads
 from onnxmerge.methods.fuse.plan import FusePlan, Planned, make_fuse_plan
 from onnxmerge.methods.fuse.settings import FuseSettings
-from onnxmerge.methods.measure import Bench, Judge
+from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
 from onnxmerge.passes.reinitialise import Reinitialise
 from onnxmerge.report.provenance import hardware, library_versions, sha256
-from onnxmerge.report.schema import Candidate, LayerLink, LayerLinks, Result, TaskScore
+from onnxmerge.report.schema import LayerLink, LayerLinks, Result
 from onnxmerge.report.write import write_report
 
 FITS = 0.999
@@ -164,14 +161,9 @@ class _Run:
         progress: Progress,
     ):
         self.planned, self.tasks, self.weights, self.settings = planned, planned.tasks, weights, settings
-        self.shelf, self.recipe, self.progress = shelf, recipe, progress
-        self.temporary = temporary
-        self.bench = Bench(self.tasks, self.tasks[0].inputs, settings.threads, settings.providers)
-        self.candidates: list[Candidate] = []
-        self.models: dict[str, oir.Model] = {}
-        self.notes = list(planned.notes)
-
-    # --- what many candidates need, worked out when it is first needed
+        self.recipe, self.progress = recipe, progress
+        self.made = OneTask(self.tasks, weights, temporary, shelf, recipe, progress)
+        self.made.notes += planned.notes
 
     @cached_property
     def counterparts(self) -> list[Counterpart]:
@@ -181,27 +173,9 @@ class _Run:
         return find_counterparts(own.reference, own.others, own.maps, self.settings.options)
 
     @cached_property
-    def ensemble(self) -> Ensemble:
-        """What candidates are compared by."""
-        self.progress.stage("ensemble")
-        return Ensemble(self.tasks, self.weights, self.temporary / "ensemble", self.settings.threads)
-
-    @cached_property
-    def judge(self) -> Judge:
-        """Holds candidates against each original."""
-        names = [value.name or "" for value in self.planned.reference.model.graph.outputs]
-        outputs = {task.name: names for task in self.tasks}
-        return Judge(self.tasks, self.temporary, self.settings.threads, outputs=outputs)
-
-    @cached_property
-    def originals(self) -> dict[str, TaskScore]:
-        """Each network against the ensemble."""
-        return {task.name: self.ensemble.score(task.model) for task in self.tasks}
-
-    @cached_property
     def ranking(self) -> list[int]:
         """The numbers of the networks, the one that agrees best with the ensemble first."""
-        closeness = [self.originals[task.name].closeness for task in self.tasks]
+        closeness = [self.made.originals[task.name].closeness for task in self.tasks]
         return sorted(range(len(self.tasks)), key=lambda number: -closeness[number])
 
     # --- candidates
@@ -212,11 +186,10 @@ class _Run:
             for attempt in self._attempts():
                 self._add(attempt, 0)
             if self.settings.steps:
-                start = self._best()
-                self._add(_Attempt("calibrated", start.name, partial(self._model, start.name)), self.settings.steps)
+                start = self.made.best().name
+                self._add(_Attempt("calibrated", start, partial(self.made.model, start)), self.settings.steps)
         except KeyboardInterrupt:
-            finished = ", ".join(c.name for c in self.candidates) or "none"
-            self.notes.append(f"Interrupted: these candidates were finished and are kept: {finished}.")
+            self.made.interrupted()
             return True
         return False
 
@@ -257,55 +230,24 @@ class _Run:
                 refit_heads(
                     kept, self.planned.reference, self.counterparts, self.weights, self.settings.options, self.progress
                 )
-                self.notes.append(f"The candidate heads has the hidden layers of {task.name}.")
+                self.made.notes.append(f"The candidate heads has the hidden layers of {task.name}.")
                 return kept
         return None
 
     def _is(self, model: oir.Model, task: Task) -> bool:
-        score = self.judge.score(model)[task.name]
+        score = self.made.judge.score(model)[task.name]
         if score.agreement is not None:
             return score.agreement >= FITS
         return score.relative_error is not None and score.relative_error <= 1 - FITS
 
-    def _model(self, name: str) -> oir.Model:
-        return self.models[name].clone() if name in self.models else load(self.shelf.model_path(name))
-
-    def _best(self) -> Candidate:
-        """The candidate that agrees best with the ensemble; the first of several."""
-        return max(self.candidates, key=_nearness)
-
     def _add(self, attempt: _Attempt, steps: int) -> None:
-        candidate = self.shelf.get(attempt.name) or self._make(attempt, steps)
-        if candidate is not None:
-            self.candidates.append(candidate)
-
-    def _make(self, attempt: _Attempt, steps: int) -> Candidate | None:
+        if self.made.find(attempt.name):
+            return
         begun = time.perf_counter()
         model = attempt.make()
-        if model is None:
-            return None
-        losses = self._calibrate(attempt.name, model) if steps else []
-        path = self.shelf.write(attempt.name, model)
-        self.progress.stage(f"{attempt.name}: measure")
-        candidate = Candidate(
-            name=attempt.name,
-            share=len(find_layers(model)),
-            path=str(path),
-            parameters=parameter_count(model),
-            bytes=stored_bytes(path),
-            tasks=self.judge.score(model),
-            ensemble=self.ensemble.score(model),
-            steps=steps,
-            seconds=time.perf_counter() - begun,
-            start=attempt.start,
-            total_layers=len(find_layers(model)),
-            losses=losses,
-        )
-        if self.settings.measure:
-            self._measure(candidate, path)
-        self.models[attempt.name] = model
-        self.shelf.put(candidate)
-        return candidate
+        if model is not None:
+            losses = self._calibrate(attempt.name, model) if steps else []
+            self.made.add(attempt.name, model, start=attempt.start, steps=steps, losses=losses, begun=begun)
 
     def _calibrate(self, name: str, model: oir.Model) -> list[tuple[int, float]]:
         """Train `model` in place towards all originals; the held-out losses."""
@@ -320,36 +262,25 @@ class _Run:
             outputs,
             self.settings.calibration,
             self.progress,
-            self.shelf.checkpoint(name),
+            self.made.shelf.checkpoint(name),
             self.weights,
         )
-        self.notes += remarks(name, outcome)
+        self.made.notes += remarks(name, outcome)
         return outcome.losses
-
-    def _measure(self, candidate: Candidate, path: Path) -> None:
-        if self.candidates:  # all have one architecture
-            candidate.latency_ms, candidate.memory_mb = self.candidates[0].latency_ms, self.candidates[0].memory_mb
-            return
-        candidate.latency_ms, reliable = self.bench.latency(path)
-        candidate.memory_mb = self.bench.memory(path)
-        if not reliable:
-            self.notes.append("The latency was measured on a busy machine and is not reliable.")
 
     def result(self) -> Result:
         """What was made, and which of it is chosen: what was calibrated, else what agrees best with the ensemble."""
-        bound = self.settings.max_drop
-        within = [c for c in self.candidates if bound is None or c.worst_drop is None or c.worst_drop <= bound]
-        chosen = max(within, key=lambda c: (c.steps, _nearness(c)), default=None)
+        chosen = self.made.chosen(self.settings.max_drop)
         return Result(
             method="fuse",
             versions=library_versions(),
             inputs=[task.record() for task in self.tasks],
-            candidates=self.candidates,
+            candidates=self.made.candidates,
             chosen=None if chosen is None else chosen.name,
             recipe=self.recipe,
             hardware=hardware(),
-            notes=self.notes,
-            originals=self.originals if self.candidates else {},
+            notes=self.made.notes,
+            originals=self.made.originals if self.made.candidates else {},
             layer_maps=_layer_links(self.planned),
         )
 
@@ -370,9 +301,3 @@ def _layer_links(planned: Planned) -> dict[str, LayerLinks]:
         )
         for task, own, pairs in zip(planned.others, steps[1:], planned.maps, strict=True)
     }
-
-
-def _nearness(candidate: Candidate) -> float:
-    """How near a candidate is to the ensemble."""
-    assert candidate.ensemble is not None
-    return candidate.ensemble.closeness

@@ -26,7 +26,7 @@ from onnxmerge.methods.fuse.counterparts import (
     reference_itself,
     with_added_steps,
 )
-from onnxmerge.methods.fuse.selecting import select
+from onnxmerge.methods.fuse.selecting import Chooser, greedily, select
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Feeds, Task
 from onnxmerge.passes.channel_map import ChannelMap, transported_arrays
@@ -81,13 +81,17 @@ def fuse_counterparts(
     weights: Sequence[float],
     options: FuseOptions,
     progress: Progress,
+    choose: Chooser = greedily,
 ) -> oir.Model:
-    """`fuse_networks` for networks that are aligned; they may be fused several times, by several weights."""
+    """`fuse_networks` for networks that are aligned; they may be fused several times, by several weights.
+
+    `choose` says which channels are selected, where the rule selects some.
+    """
     spaces = mapped_spaces(reference.model)
     members = [reference_itself(reference, spaces), *counterparts]
     selected = options.rule == Rule.LEAST_SQUARES and options.targets == Targets.SELECTED
     if selected:
-        members = select(members, spaces, weights, options)
+        members = select(members, spaces, weights, options, choose)
     partners = [
         replace(member.partner, weight=weight)
         for member, weight in zip(members, weights, strict=True)

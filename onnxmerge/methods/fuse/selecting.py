@@ -1,6 +1,6 @@
 """Which channels of which network a fused network gets: chosen space by space from all networks' activations."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,9 +19,21 @@ from onnxmerge.runtime.heap import return_memory
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
 from onnxmerge.runtime.statistics import Moments
 
+Chooser = Callable[[Space, Reading], Sequence[int]]
+"""Says which of the channels of all networks side by side become those of a space: as many as the space has."""
+
+
+def greedily(space: Space, reading: Reading) -> Sequence[int]:
+    """See `select_channels`."""
+    return select_channels([reading], space.size)
+
 
 def select(
-    members: Sequence[Counterpart], spaces: Sequence[Space], weights: Sequence[float], options: FuseOptions
+    members: Sequence[Counterpart],
+    spaces: Sequence[Space],
+    weights: Sequence[float],
+    options: FuseOptions,
+    choose: Chooser = greedily,
 ) -> list[Counterpart]:
     """The members with orders, maps and partners that give each of our channels to one of them.
 
@@ -32,6 +44,7 @@ def select(
         spaces: the reference's, without blocks.
         weights: a_t of each.
         options: samples, seed, threads.
+        choose: which channels.
     """
     heard = [member for member, weight in zip(members, weights, strict=True) if weight]
     shares = {id(member): weight for member, weight in zip(members, weights, strict=True)}
@@ -48,7 +61,7 @@ def select(
             unions[name].add(names)
             if not any(place.name in unseen for place in unions[name].places):
                 # statistics are let go as soon as all are there: wide streams have large ones
-                for number, found in _share_out(unions.pop(name), members).items():
+                for number, found in _share_out(unions.pop(name), members, choose).items():
                     maps[number][name] = found
     return_memory()
     return [_mapped(members[0], member, maps[id(member)], spaces) for member in members]
@@ -181,7 +194,7 @@ class _Union:
             self._covariance += covariance
 
 
-def _share_out(union: _Union, members: Sequence[Counterpart]) -> dict[int, ChannelMap]:
+def _share_out(union: _Union, members: Sequence[Counterpart], choose: Chooser) -> dict[int, ChannelMap]:
     """The maps of the members that have the space."""
     space, reading = union.space, union.reading()
     sizes = {id(m): m.spaces[space.name].size for m in members if space.name in m.spaces}
@@ -192,7 +205,7 @@ def _share_out(union: _Union, members: Sequence[Counterpart]) -> dict[int, Chann
         }
     starts = dict(zip(union.members, np.cumsum([0, *(sizes[number] for number in union.members)]), strict=False))
     return_memory()
-    chosen = _placed(select_channels([reading], space.size), space.size)
+    chosen = _placed(choose(space, reading), space.size)
     back = predictions([reading], chosen)
     found = {}
     for number, size in sizes.items():

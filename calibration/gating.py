@@ -1,0 +1,218 @@
+"""Learn which channels of a widened network to keep, and train what is left."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir
+import torch
+from torch import Tensor
+
+from onnxmerge.calibration import ranks
+from onnxmerge.calibration.distillation import Distillation
+from onnxmerge.calibration.engine import Outcome, Progress, threads, train
+from onnxmerge.calibration.gates import HardConcrete, growing_weight
+from onnxmerge.calibration.module import GraphModule
+from onnxmerge.calibration.objective import Objective
+from onnxmerge.calibration.settings import Checkpoint, Settings
+from onnxmerge.calibration.streams import Stream
+from onnxmerge.data import Split
+from onnxmerge.passes.gate_places import GatedSpace, GatedValue, GatePlaces
+from onnxmerge.passes.insert_gates import InsertGates, gate_input
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples to learn from, and who says what is wanted where no labels do.
+
+    Attributes:
+        name: what messages call it.
+        teacher: a network whose inputs are called like the arrays of the data.
+        calibration: samples to train with.
+        held_out: samples to choose the best weights with.
+    """
+
+    name: str
+    teacher: onnx_ir.Model
+    calibration: Split
+    held_out: Split
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning gates came to.
+
+    Attributes:
+        outcome: of training; its held-out losses are those of the network as it would be pruned at that step.
+        log_alpha: [gates] the importance of each.
+        gates: [gates] as they are where nothing is drawn, those that are not kept not yet closed.
+        probability: [gates] P[g > 0].
+    """
+
+    outcome: Outcome
+    log_alpha: np.ndarray
+    gates: np.ndarray
+    probability: np.ndarray
+
+
+def learn_gates(
+    widened: onnx_ir.Model,
+    places: GatePlaces,
+    sources: Sequence[Source],
+    settings: Settings,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Learned:
+    """Train the weights of `widened`, which it keeps, together with a gate for each channel.
+
+    The loss is that of `settings`, the mean over the sources, plus lambda times the half loss: the sum over all spaces
+    of (wanted share - mean P[g > 0])^2, where lambda grows (see `gates`). Weights between channels of different
+    networks, which `widen` sets to zero, are trained like all others. Kept are the weights and gates at which the
+    network does best on held-out samples with those channels closed that would be pruned now.
+
+    Raises:
+        ModelError, UsageError: see `onnxmerge.calibration.objective.Objective`.
+    """
+    with threads(settings.threads):
+        module = GatedModule(widened, places, settings.seed, settings.batch)
+        objectives = _objectives(widened, sources, settings)
+        with contextlib.closing(_Gating(module, objectives, sources, settings)) as problem:
+            outcome = train(problem, settings, progress, checkpoint)
+    module.write_back(widened)
+    gates = module.gates
+    found = (gates.log_alpha, gates.settled(), gates.probability())
+    return Learned(outcome, *(tensor.detach().numpy().astype(np.float64) for tensor in found))
+
+
+def fine_tune(
+    student: onnx_ir.Model,
+    sources: Sequence[Source],
+    settings: Settings,
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Outcome:
+    """Train the weights and norm scales of `student`, which keeps those with the least held-out loss.
+
+    Raises:
+        ModelError, UsageError: see `onnxmerge.calibration.objective.Objective`.
+    """
+    with threads(settings.threads):
+        module = GraphModule(student)
+        objectives = _objectives(student, sources, settings)
+        with contextlib.closing(_FineTuning(module, objectives, sources, settings)) as problem:
+            outcome = train(problem, settings, progress, checkpoint)
+    if outcome.best_step > 0:
+        module.write_back(student)
+    return outcome
+
+
+class GatedModule(GraphModule):
+    """A network with gates (see `InsertGates`): drawn for each sample in training, else settled.
+
+    In evaluation the gates of channels that would not be kept are closed. Where processes share a batch of `batch`
+    samples, all draw gates for the whole of it, and each takes those of its part.
+    """
+
+    def __init__(self, widened: onnx_ir.Model, places: GatePlaces, seed: int, batch: int = 1):
+        super().__init__(InsertGates(places)(widened).model)
+        self.gates, self._places, self._batch = HardConcrete(places.count, seed), places, batch
+
+    def forward(self, inputs: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """See `GraphModule.forward`; the inputs are those of the network without gates."""
+        return super().forward({**inputs, **self._feeds(inputs)}, outputs)
+
+    def value_bytes(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> int:
+        """See `GraphModule.value_bytes`; the same inputs."""
+        return super().value_bytes({**inputs, **self._feeds(inputs)}, outputs)
+
+    def half_loss(self) -> Tensor:
+        """Sum over the spaces of (share that stays - mean P[g > 0])^2."""
+        probability = self.gates.probability()
+        return torch.stack([_half_loss(probability[own.gates], own) for own in self._places.spaces]).sum()
+
+    def _feeds(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.training:
+            samples = len(next(iter(inputs.values())))
+            drawn = self.gates.draw(max(self._batch, samples))
+            start = int(np.array_split(np.arange(len(drawn)), ranks.count())[ranks.rank()][0])
+            gates = drawn[start : start + samples]
+        else:
+            gates = self.gates.settled()[None].masked_fill(torch.from_numpy(self._closed()), 0)
+        return {gate_input(own.name): _spread(gates, own) for own in self._places.values}
+
+    def _closed(self) -> np.ndarray:
+        return self._places.closed(self._places.kept(self.gates.log_alpha.detach().numpy()))
+
+
+class _FineTuning(Distillation):
+    """The problem (`engine.Problem`) of doing what labels or teachers say; no zeros have to stay."""
+
+    def __init__(
+        self, module: GraphModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
+    ):
+        data = {source.name: source.calibration for source in sources}
+        held_out = {source.name: source.held_out for source in sources}
+        super().__init__(module, [Stream((objective,)) for objective in objectives], data, held_out, settings)
+
+    def settle(self, step: int) -> None:
+        """Nothing has to hold."""
+
+
+class _Gating(_FineTuning):
+    """The same, with gates."""
+
+    def __init__(
+        self, module: GatedModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
+    ):
+        self._gated, self._steps = module, settings.steps
+        super().__init__(module, objectives, sources, settings)
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """The weights, the norm scales and the gates."""
+        return {**super().trained, "gates": self._gated.gates.scaled}
+
+    def losses(self) -> Iterator[Tensor]:
+        """A batch of every source, and the half loss."""
+        self._gated.train()
+        yield from super().losses()
+        yield self._weight * self._gated.half_loss()
+
+    def skip(self, rounds: int) -> None:
+        """Start behind so many steps."""
+        super().skip(rounds)
+        self.settle(rounds)
+
+    def judge(self) -> float:
+        """The held-out loss of what would be kept now."""
+        self._gated.eval()
+        return super().judge()
+
+    def settle(self, step: int) -> None:
+        """The half loss gains weight."""
+        self._weight = growing_weight(step / self._steps)
+
+
+def _objectives(student: onnx_ir.Model, sources: Sequence[Source], settings: Settings) -> list[Objective]:
+    own = [value.name or "" for value in student.graph.inputs]
+    outputs = [value.name or "" for value in student.graph.outputs]
+    objectives = []
+    for source in sources:
+        names = [value.name or "" for value in source.teacher.graph.inputs]
+        theirs = [value.name or "" for value in source.teacher.graph.outputs]
+        pairs = dict(zip(outputs, theirs, strict=True))
+        fed = dict(zip(own, names, strict=True))
+        objectives.append(Objective(source.name, student, source.teacher, pairs, fed, (), settings, 1 / len(sources)))
+    return objectives
+
+
+def _spread(gates: Tensor, value: GatedValue) -> Tensor:
+    """[samples, gates] as the value's gates: [samples, 1, ..., positions, ..., 1]."""
+    index = torch.from_numpy(value.gate)
+    along = torch.cat([gates, torch.ones(len(gates), 1)], dim=1)[:, index]  # the last, at -1, is open
+    return along.reshape(len(gates), *[1] * (value.axis - 1), len(index), *[1] * (value.rank - value.axis - 1))
+
+
+def _half_loss(probability: Tensor, space: GatedSpace) -> Tensor:
+    return (space.keep / space.space.size - probability.mean()).square()
