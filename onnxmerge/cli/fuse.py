@@ -9,6 +9,7 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.processes import one_of_many
 from onnxmerge.cli.progress import Bars
+from onnxmerge.cli.running import run_and_show
 from onnxmerge.errors import GateFailed, UsageError
 from onnxmerge.methods.fuse.choices import Balance, LayerCost, Matching, Rule, Start, Targets
 
@@ -106,7 +107,6 @@ def fuse(
     Writes merged.onnx, one model for each candidate, plan.json, report.json and report.html to DIR.
     """
     from onnxmerge.data import parse_data_option
-    from onnxmerge.methods.candidates import Interrupted
     from onnxmerge.methods.fuse.fuse import fuse_models, plan_fuse
     from onnxmerge.methods.fuse.settings import FuseSettings
     from onnxmerge.methods.task import task_names
@@ -140,15 +140,14 @@ def fuse(
         return
     if output is None:
         raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
-    try:
-        with Bars(quiet) as bars:
-            result = fuse_models(
-                models, sources, output, settings=settings, overwrite=overwrite, resume=resume, progress=bars
-            )
-    except Interrupted as stopped:
-        options.show(stopped.result, as_json=as_json, report=report)
-        raise KeyboardInterrupt(f"interrupted; {stopped.result.notes[-1]} --resume goes on from there") from stopped
-    options.show(result, as_json=as_json, report=report)
+    result = run_and_show(
+        lambda bars: fuse_models(
+            models, sources, output, settings=settings, overwrite=overwrite, resume=resume, progress=bars
+        ),
+        quiet=quiet,
+        as_json=as_json,
+        report=report,
+    )
     if result.chosen is None:
         raise GateFailed(f"no candidate stays within --max-drop {max_drop:g}; see {output / 'report.html'}")
 

@@ -8,7 +8,7 @@ import typer
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.processes import one_of_many
-from onnxmerge.cli.progress import Bars
+from onnxmerge.cli.running import run_and_show
 from onnxmerge.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ def gate(
     Writes merged.onnx, one model for each candidate, plan.json, report.json and report.html to DIR.
     """
     from onnxmerge.data import parse_data_option
-    from onnxmerge.methods.candidates import Interrupted
     from onnxmerge.methods.gate import GateSettings, gate_models, plan_gate
     from onnxmerge.methods.task import task_names
 
@@ -91,15 +90,14 @@ def gate(
     if output is None:
         raise UsageError("give an output folder with -o DIR (or --dry-run to see the plan only)")
     sources = parse_data_option(data, task_names(models))
-    try:
-        with Bars(quiet) as bars:
-            result = gate_models(
-                models, sources, output, settings=settings, overwrite=overwrite, resume=resume, progress=bars
-            )
-    except Interrupted as stopped:
-        options.show(stopped.result, as_json=as_json, report=report)
-        raise KeyboardInterrupt(f"interrupted; {stopped.result.notes[-1]} --resume goes on from there") from stopped
-    options.show(result, as_json=as_json, report=report)
+    result = run_and_show(
+        lambda bars: gate_models(
+            models, sources, output, settings=settings, overwrite=overwrite, resume=resume, progress=bars
+        ),
+        quiet=quiet,
+        as_json=as_json,
+        report=report,
+    )
     if result.chosen is None:
         raise GateFailed(f"no candidate stays within --max-drop {max_drop:g}; see {output / 'report.html'}")
 

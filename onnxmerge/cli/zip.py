@@ -8,7 +8,7 @@ import typer
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.processes import one_of_many
-from onnxmerge.cli.progress import Bars
+from onnxmerge.cli.running import run_and_show
 from onnxmerge.errors import GateFailed, UsageError
 from onnxmerge.methods.zip.choices import TREE, Mode, Pairing, Rule, Start
 
@@ -114,7 +114,6 @@ def zip(
     Writes merged.onnx (the chosen one), one model for each candidate, plan.json, report.json and report.html to DIR.
     """
     from onnxmerge.data import parse_data_option
-    from onnxmerge.methods.candidates import Interrupted
     from onnxmerge.methods.task import task_names
     from onnxmerge.methods.zip.settings import ZipSettings
     from onnxmerge.methods.zip.zip import plan_zip, zip_models
@@ -151,15 +150,14 @@ def zip(
         providers=options.provider_list(providers),
     )
     sources = parse_data_option(data, names)
-    try:
-        with Bars(quiet) as bars:
-            result = zip_models(
-                models, sources, output, settings=settings, overwrite=overwrite, resume=resume, progress=bars
-            )
-    except Interrupted as stopped:
-        options.show(stopped.result, as_json=as_json, report=report)
-        raise KeyboardInterrupt(f"interrupted; {stopped.result.notes[-1]} --resume goes on from there") from stopped
-    options.show(result, as_json=as_json, report=report)
+    result = run_and_show(
+        lambda bars: zip_models(
+            models, sources, output, settings=settings, overwrite=overwrite, resume=resume, progress=bars
+        ),
+        quiet=quiet,
+        as_json=as_json,
+        report=report,
+    )
     if result.chosen is None:
         raise GateFailed(f"{result.notes[-1]} See {output / 'report.html'}")
 
