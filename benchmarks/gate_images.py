@@ -15,6 +15,7 @@ folder when the code has changed.
 
 import argparse
 import json
+import logging
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--finished", action="store_true", help="show what is in the cache, make nothing")
     options = parser.parse_args()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of torchvision, which is not needed
     torch.set_num_threads(1)
     for kind in [options.part] if options.part else PARTS:
         files = [FOLDER / f"{kind}_{seed}.json" for seed in range(options.seeds)]
