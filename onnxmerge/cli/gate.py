@@ -56,7 +56,7 @@ def gate(
             "--mean-weight",
             metavar="W",
             min=0.0,
-            help="Of classifiers with labels: fine-tune towards the networks' mean too, with W times the labels' weight.",
+            help="Of classifiers with labels: fine-tune towards the networks' mean too, W times as much as to labels.",
         ),
     ] = 2.0,
     max_drop: Annotated[
