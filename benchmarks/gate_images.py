@@ -6,8 +6,8 @@ A LeNet on Fashion-MNIST (10 000 training images) and a small residual network w
 budget is split as in Merging of neural networks (Pašen and Boža): of E epochs each of two parents has a third, learning
 the gates a sixth and fine-tuning a sixth; the best of three has three thirds, one network all of them. Everything is
 trained on labels, by AdamW with a one-cycle schedule: parents and the long network by plain torch, from there on gate
-with its defaults. The last 500 training images of each seed choose the best weights of a gate run and teach nobody
-there; the test images only score.
+with its defaults. The last 500 training images of each seed choose the best weights of a gate run and teach nobody; the
+test images only score.
 
 Each network is kept in benchmarks/cache/gate_images; `--finished` prints the tables of what there is. Delete that
 folder when the code has changed.
@@ -15,6 +15,7 @@ folder when the code has changed.
 
 import argparse
 import json
+import logging
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -120,7 +121,7 @@ def samples(part: Part, seed: int) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 def train(part: Part, arrays: dict[str, np.ndarray], epochs: int, seed: int) -> nn.Module:
-    """A network trained on all images of `arrays`."""
+    """A network trained on the images of `arrays`."""
     torch.manual_seed(seed)
     x, labels = torch.from_numpy(arrays["input"]), torch.from_numpy(arrays["labels"])
     network = part.build().train()
@@ -168,7 +169,7 @@ def measure(kind: str, seed: int) -> dict[str, float]:
     """The test accuracy of every strategy for one seed."""
     part = PARTS[kind]
     path, arrays = samples(part, seed)
-    own = {key: value for key, value in arrays.items() if not key.startswith("test_")}
+    own = {name: arrays[name][:-HELD_OUT] for name in ("input", "labels")}
     third = part.epochs // 3
     parents = [trained(f"{kind}_{seed}_{n}", part, own, third, 10 * seed + n) for n in range(3)]
     one = trained(f"{kind}_{seed}_long", part, own, part.epochs, 10 * seed + 9)
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--finished", action="store_true", help="show what is in the cache, make nothing")
     options = parser.parse_args()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of torchvision, which is not needed
     torch.set_num_threads(1)
     for kind in [options.part] if options.part else PARTS:
         files = [FOLDER / f"{kind}_{seed}.json" for seed in range(options.seeds)]

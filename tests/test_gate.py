@@ -286,6 +286,19 @@ def test_networks_without_channels_to_choose_are_refused(tmp_path):
         gate(tmp_path)
 
 
+def test_a_negative_weight_is_refused():
+    with pytest.raises(UsageError, match="--mean-weight"):
+        onnxmerge.GateSettings(mean_weight=-1)
+
+
+def test_the_mean_teaches_beside_labels_in_fine_tuning_only():
+    own = onnxmerge.GateSettings(mean_weight=0.5)
+    both = (own.learning(labels=True), own.tuning(labels=True))
+    weights = [(training.kl_weight, training.logit_weight, training.label_weight) for training in both]
+    assert weights == [(0, 0, 1), (0.5, 0, 1)]
+    assert own.tuning(labels=False).label_weight == 0
+
+
 @pytest.mark.parametrize("width", [0, 1.5, -1])
 def test_a_width_that_is_no_share_is_refused(width):
     with pytest.raises(UsageError, match="--width"):

@@ -50,6 +50,15 @@ def gate(
             show_default=False,
         ),
     ] = None,
+    mean_weight: Annotated[
+        float,
+        typer.Option(
+            "--mean-weight",
+            metavar="W",
+            min=0.0,
+            help="Of classifiers with labels: fine-tune towards the networks' mean too, W times as much as to labels.",
+        ),
+    ] = 2.0,
     max_drop: Annotated[
         float | None,
         typer.Option("--max-drop", min=0.0, help="Largest loss against any original.", show_default=False),
@@ -79,6 +88,7 @@ def gate(
         gate_steps=gate_steps,
         steps=steps,
         labels=labels,
+        mean_weight=mean_weight,
         max_drop=max_drop,
         seed=seed,
         threads=threads,

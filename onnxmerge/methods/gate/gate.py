@@ -227,7 +227,7 @@ class _Run:
         from onnxmerge.calibration.gating import Source
 
         teachers = self.tasks
-        if self.planned is not None or self.labels:
+        if self.planned is not None:
             teachers = list({id(task.data): task for task in self.tasks}.values())
         return [Source(task.name, self._teacher(task), task.data.calibration, task.data.held_out) for task in teachers]
 

@@ -19,6 +19,8 @@ class GateSettings:
         gate_steps: steps in which gates, and the weights with them, are learned; without `layerwise`.
         steps: steps of fine-tuning after pruning; 0: none.
         labels: learn from the data's labels; None: where all data have some. Without them the networks' mean teaches.
+        mean_weight: where a classifier is fine-tuned on labels, the weight of the KL divergence to the networks' mean
+            prediction beside that of the labels, which is 1; 0: labels alone, as published.
         batch: samples of each data set in a step.
         optimiser: "adamw", its rate relative to each array's root mean square and in one cycle; or "sgd", at a constant
             rate while gates are learned.
@@ -36,6 +38,7 @@ class GateSettings:
     gate_steps: int = 1000
     steps: int = 1000
     labels: bool | None = None
+    mean_weight: float = 2.0
     batch: int = 64
     optimiser: Literal["adamw", "sgd"] = "adamw"
     rate: float = 1e-2
@@ -57,13 +60,17 @@ class GateSettings:
         if self.gate_steps < 1:
             raise UsageError(f"--gate-steps {self.gate_steps}: at least 1 is needed to choose channels")
 
+        if not 0 <= self.mean_weight < float("inf"):
+            raise UsageError(f"--mean-weight {self.mean_weight:g}: must be 0 or more")
+
     def learning(self, *, labels: bool) -> Settings:
         """What the trainer is told while gates are learned."""
         return self._training(self.gate_steps, labels)
 
     def tuning(self, *, labels: bool) -> Settings:
         """What the trainer is told afterwards."""
-        return replace(self._training(self.steps, labels), milestones=self.milestones)
+        training = replace(self._training(self.steps, labels), milestones=self.milestones)
+        return replace(training, kl_weight=self.mean_weight) if labels else training
 
     def _training(self, steps: int, labels: bool) -> Settings:
         plain = self.optimiser == "sgd"
