@@ -156,7 +156,8 @@ def calibration(result: Result) -> Plot | None:
             label_points(axis, marks, right=True)
         svg = to_svg(figure)
     caption = (
-        "Distance of merged outputs from the originals' on held-out samples; the thick line is the chosen candidate."
+        "The loss that is trained, on held-out samples: how far merged outputs are from the originals', or from labels "
+        "where those teach. The thick line is the chosen candidate."
     )
     if alone:
         caption = "Distance of the network's outputs from the originals' on held-out samples; the lowest point is kept."
