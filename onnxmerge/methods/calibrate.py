@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as oir
 
@@ -22,6 +21,7 @@ from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.methods.candidates import Shelf
 from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.progress import Progress, Silent
+from onnxmerge.methods.recipe import recipe_of
 from onnxmerge.methods.task import Network, Task, merged_inputs, simple_network, with_data
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, Result
@@ -81,7 +81,7 @@ def calibrate_model(
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = _at_most(with_data(networks, sources, seed=settings.seed), samples, settings.seed)
     folder = claim_folder(output, overwrite=overwrite or resume)
-    recipe = _recipe(merged, tasks, settings, samples)
+    recipe = recipe_of("calibrate", tasks, asdict(settings), merged=sha256(Path(merged)), samples=samples)
     shelf = Shelf(folder, recipe, resume=resume)
     if shelf.model_path(CALIBRATED).exists() and shelf.model_path(CALIBRATED).samefile(merged):
         raise UsageError(f"{output}: holds the merged model itself; choose another output folder")
@@ -209,18 +209,3 @@ def _without_teacher(merged: oir.Model, outputs: Mapping[str, Sequence[str]]) ->
     if not others:
         return []
     return [f"These outputs have no teacher, and change with what they share with others: {', '.join(others)}."]
-
-
-def _recipe(
-    merged: str | os.PathLike[str], tasks: Sequence[Task], settings: Settings, samples: int | None
-) -> dict[str, Any]:
-    """Everything that decides what the output is, as plain JSON."""
-    recipe = {
-        "method": "calibrate",
-        "merged": sha256(Path(merged)),
-        "models": {task.name: sha256(task.path) for task in tasks},
-        "data": {task.name: task.data.source for task in tasks},
-        "samples": samples,
-        "settings": asdict(settings),
-    }
-    return json.loads(json.dumps(recipe))

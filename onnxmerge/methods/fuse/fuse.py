@@ -5,7 +5,6 @@ set of weights: CLAFusion (Nguyen et al. 2023) with a least-squares rule, or wit
 are never needed: of several candidates the one that agrees best with the ensemble of the originals is chosen.
 """
 
-import json
 import math
 import os
 import tempfile
@@ -30,9 +29,10 @@ from onnxmerge.methods.fuse.plan import FusePlan, Planned, make_fuse_plan
 from onnxmerge.methods.fuse.settings import FuseSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
+from onnxmerge.methods.recipe import recipe_of
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
 from onnxmerge.passes.reinitialise import Reinitialise
-from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.schema import LayerLink, LayerLinks, Result
 from onnxmerge.report.write import write_report
 
@@ -74,7 +74,7 @@ def fuse_models(
     planned = make_fuse_plan(tasks, settings, progress)
     weights = _in_order(tasks, planned, settings)
     folder = claim_folder(output, overwrite=overwrite or resume)
-    recipe = _recipe(planned.tasks, settings)
+    recipe = recipe_of("fuse", planned.tasks, asdict(settings))
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
         run = _Run(planned, weights, settings, Path(temporary), shelf, recipe, progress)
@@ -121,20 +121,6 @@ def _in_order(tasks: Sequence[Task], planned: Planned, settings: FuseSettings) -
     given = settings.weights_of(len(tasks))
     by_name = {task.name: weight for task, weight in zip(tasks, given, strict=True)}
     return [by_name[task.name] for task in planned.tasks]
-
-
-def _recipe(tasks: Sequence[Task], settings: FuseSettings) -> dict[str, Any]:
-    """Everything that decides what the output is, as plain JSON; the reference first."""
-    return json.loads(
-        json.dumps(
-            {
-                "method": "fuse",
-                "models": {task.name: sha256(task.path) for task in tasks},
-                "data": {task.name: task.data.source for task in tasks},
-                "settings": asdict(settings),
-            }
-        )
-    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ channel space stay, and what is left is fine-tuned.
 Source: Pašen and Boža, Merging of neural networks.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -27,10 +26,11 @@ from onnxmerge.methods.gate.plan import GatePlan, Planned, make_gate_plan
 from onnxmerge.methods.gate.settings import GateSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
+from onnxmerge.methods.recipe import recipe_of
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
 from onnxmerge.passes.fold_gates import FoldGates
 from onnxmerge.passes.prune import Prune
-from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.schema import GatedSpace, Result
 from onnxmerge.report.write import write_report
 
@@ -77,7 +77,7 @@ def gate_models(
     tasks = with_data(networks, sources, seed=settings.seed)
     labels = _use_labels(tasks, settings)
     folder = claim_folder(output, overwrite=overwrite or resume)
-    recipe = _recipe(tasks, settings)
+    recipe = recipe_of("gate", tasks, asdict(settings))
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
         run = _Run(plan, planned, tasks, settings, labels, Path(temporary), shelf, recipe, progress)
@@ -122,20 +122,6 @@ def _use_labels(tasks: Sequence[Task], settings: GateSettings) -> bool:
             "out; with --no-labels the networks' mean prediction teaches"
         )
     return not missing if settings.labels is None else settings.labels
-
-
-def _recipe(tasks: Sequence[Task], settings: GateSettings) -> dict[str, Any]:
-    """Everything that decides what the output is, as plain JSON."""
-    return json.loads(
-        json.dumps(
-            {
-                "method": "gate",
-                "models": {task.name: sha256(task.path) for task in tasks},
-                "data": {task.name: task.data.source for task in tasks},
-                "settings": asdict(settings),
-            }
-        )
-    )
 
 
 class _Run:

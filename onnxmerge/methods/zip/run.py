@@ -1,6 +1,5 @@
 """One zip under way: candidate after candidate is fitted, calibrated, scored, measured and kept."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ class Run:
 
     def __init__(self, job: Job, recipe: dict[str, Any], temporary: Path):
         tasks, settings = job.tasks, job.settings
-        self.job, self.recipe = job, json.loads(json.dumps(recipe))
+        self.job, self.recipe = job, recipe
         self.forest = Forest(tasks, job.sharable)
         compute = settings.mode is Mode.COMPUTE
         self.maker: Maker = ComputeMode(job, self.forest, temporary) if compute else WeightsMode(job)

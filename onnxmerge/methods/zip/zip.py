@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from onnxmerge.files import claim_folder, write_text
 from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.pictures import held_out_pictures
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.task import Task, load_networks, with_data
+from onnxmerge.methods.recipe import recipe_of
+from onnxmerge.methods.task import load_networks, with_data
 from onnxmerge.methods.zip.alignment import find_sharable
 from onnxmerge.methods.zip.choices import TREE, Mode
 from onnxmerge.methods.zip.fictive import find_sharable_of_any_width
@@ -25,7 +25,6 @@ from onnxmerge.methods.zip.job import Job
 from onnxmerge.methods.zip.plan import Plan, as_made, make_plan
 from onnxmerge.methods.zip.run import Run
 from onnxmerge.methods.zip.settings import ZipSettings
-from onnxmerge.report.provenance import sha256
 from onnxmerge.report.schema import Result
 from onnxmerge.report.write import write_report
 
@@ -69,7 +68,14 @@ def zip_models(
     sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
     plan = make_plan(tasks, sharable, settings.share, settings.widths, settings.sharing, settings.mode)
     folder = claim_folder(output, overwrite=overwrite or resume)
-    recipe = _recipe(tasks, settings, plan)
+    recipe = recipe_of(
+        "zip",
+        tasks,
+        {name: value for name, value in asdict(settings).items() if name != "share"},  # the plan says it
+        mode=plan.mode,
+        candidates=[candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates],
+        trees=settings.share == TREE,
+    )
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf, own = Shelf(folder, recipe, resume=resume), Path(temporary)
         fitting = Fitting(settings.samples, settings.seed, settings.threads, own, progress, settings.weights)
@@ -97,16 +103,3 @@ def plan_zip(
     networks = load_networks(models, same_inputs=mode is Mode.COMPUTE)
     sharable = (find_sharable_of_any_width if mode is Mode.WEIGHTS else find_sharable)(networks)
     return make_plan(networks, sharable, share, widths, sharing, mode)
-
-
-def _recipe(tasks: Sequence[Task], settings: ZipSettings, plan: Plan) -> dict[str, Any]:
-    """Everything that decides what the output is, as plain JSON; paths as given."""
-    return {
-        "method": "zip",
-        "mode": plan.mode,
-        "candidates": [candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates],
-        "models": {task.name: sha256(task.path) for task in tasks},
-        "data": {task.name: task.data.source for task in tasks},
-        "trees": settings.share == TREE,
-        "settings": {name: value for name, value in asdict(settings).items() if name != "share"},
-    }
