@@ -72,7 +72,7 @@ def draw(axes: Sequence[Axes], found: Sequence[tuple[int, float, float, float, f
     for share in SHARES:
         own = [point for point in found if point[1] == share]
         for place, row in zip((3, 4), axes, strict=True):
-            label = f"{100 * share:.0f} % of the channels"
+            label = f"{100 * share:.0f} %"
             row.plot(
                 [point[2] for point in own], [point[place] for point in own], marker="o", markersize=4, label=label
             )
@@ -101,7 +101,8 @@ def main() -> None:
     grid[1, 0].set_ylabel("CIFAR-100 agreement (%)")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    shares = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*shares, loc="outside lower center", ncols=4, frameon=False, title="of each space's channels shared")
     figure.savefig(PLOT, metadata={"Date": None})
     print(markdown.table(["mode", "units", "shared", "times less", "C10 points lost", "C100 agreement %"], rows))
 
