@@ -26,6 +26,7 @@ import datasets
 import markdown
 import numpy as np
 import torch
+from five_tasks import Block
 from torch import nn
 
 from onnxmerge import GateSettings, gate_models
@@ -35,26 +36,6 @@ from onnxmerge.runtime.session import open_session, run
 FOLDER = datasets.CACHE / "gate_images"
 BATCH, RATE = 64, 3e-3
 HELD_OUT = 500
-
-
-class Block(nn.Module):
-    """relu(x + branch(x)), and a strided 1x1 convolution in place of x where the size changes."""
-
-    def __init__(self, read: int, made: int, stride: int):
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(read, made, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(made),
-            nn.ReLU(),
-            nn.Conv2d(made, made, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(made),
-        )
-        same = read == made and stride == 1
-        shortcut = nn.Sequential(nn.Conv2d(read, made, 1, stride, bias=False), nn.BatchNorm2d(made))
-        self.shortcut = nn.Identity() if same else shortcut
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.branch(x) + self.shortcut(x))
 
 
 def lenet() -> nn.Module:

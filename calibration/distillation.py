@@ -85,10 +85,7 @@ def calibrate(
     student = GraphModule(merged, [name for o in objectives for name in o.outputs])
     with threads(settings.threads):
         streams = group(student, objectives, data, held_out)
-        begun = time.perf_counter()
-        with contextlib.closing(Distillation(student, streams, data, held_out, settings)) as problem:
-            outcome = train(problem, settings, progress, checkpoint)
-        outcome.waited = problem.waited / (time.perf_counter() - begun)
+        outcome = solve(Distillation(student, streams, data, held_out, settings), settings, progress, checkpoint)
     if outcome.best_step > 0:
         student.write_back(merged)
     return outcome
@@ -106,6 +103,7 @@ class Distillation:
         settings: Settings,
     ):
         """Run the teachers on the held-out samples."""
+        self._begun = time.perf_counter()
         self._student, self._streams = student, streams
         self._absent = Absent(student)
         self._updates = settings.norm_statistics == "updating"
@@ -136,8 +134,8 @@ class Distillation:
 
     @property
     def waited(self) -> float:
-        """Seconds that training has waited for samples."""
-        return sum(source.waited for source in self._sources)
+        """Share of the time since it was made that was spent on waiting for samples."""
+        return sum(source.waited for source in self._sources) / (time.perf_counter() - self._begun)
 
     def close(self) -> None:
         """Stop reading samples."""
@@ -152,6 +150,16 @@ class Distillation:
     def settle(self, step: int) -> None:
         """What was pruned stays absent."""
         self._absent.restore()
+
+
+def solve(
+    problem: Distillation, settings: Training, progress: Progress | None, checkpoint: Checkpoint | None
+) -> Outcome:
+    """Train, then stop reading samples."""
+    with contextlib.closing(problem):
+        outcome = train(problem, settings, progress, checkpoint)
+    outcome.waited = problem.waited
+    return outcome
 
 
 def fitting_batch(

@@ -1,6 +1,5 @@
 """Learn which channels of a widened network to keep, and train what is left."""
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from onnxmerge.calibration import ranks
-from onnxmerge.calibration.distillation import Distillation
-from onnxmerge.calibration.engine import Outcome, Progress, threads, train
+from onnxmerge.calibration.distillation import Distillation, solve
+from onnxmerge.calibration.engine import Outcome, Progress, threads
 from onnxmerge.calibration.gates import HardConcrete, growing_weight
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import Objective
@@ -77,8 +76,7 @@ def learn_gates(
     with threads(settings.threads):
         module = GatedModule(widened, places, settings.seed, settings.batch)
         objectives = _objectives(widened, sources, settings)
-        with contextlib.closing(_Gating(module, objectives, sources, settings)) as problem:
-            outcome = train(problem, settings, progress, checkpoint)
+        outcome = solve(_Gating(module, objectives, sources, settings), settings, progress, checkpoint)
     module.write_back(widened)
     gates = module.gates
     found = (gates.log_alpha, gates.settled(), gates.probability())
@@ -100,8 +98,7 @@ def fine_tune(
     with threads(settings.threads):
         module = GraphModule(student)
         objectives = _objectives(student, sources, settings)
-        with contextlib.closing(_FineTuning(module, objectives, sources, settings)) as problem:
-            outcome = train(problem, settings, progress, checkpoint)
+        outcome = solve(_FineTuning(module, objectives, sources, settings), settings, progress, checkpoint)
     if outcome.best_step > 0:
         module.write_back(student)
     return outcome

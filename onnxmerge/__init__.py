@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.fuse.fuse import fuse_models, plan_fuse
     from onnxmerge.methods.fuse.settings import FuseSettings
-    from onnxmerge.methods.gate import GateSettings, gate_models, plan_gate
+    from onnxmerge.methods.gate.gate import gate_models, plan_gate
+    from onnxmerge.methods.gate.settings import GateSettings
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack.pack import pack_models
     from onnxmerge.methods.validate import Bounds, validate_model
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bounds": "onnxmerge.methods.validate",
     "FuseSettings": "onnxmerge.methods.fuse.settings",
-    "GateSettings": "onnxmerge.methods.gate",
+    "GateSettings": "onnxmerge.methods.gate.settings",
     "Settings": "onnxmerge.calibration.settings",
     "ZipSettings": "onnxmerge.methods.zip.settings",
     "align_models": "onnxmerge.methods.align",
     "calibrate_model": "onnxmerge.methods.calibrate",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse.fuse",
-    "gate_models": "onnxmerge.methods.gate",
+    "gate_models": "onnxmerge.methods.gate.gate",
     "inspect_model": "onnxmerge.methods.inspect",
     "pack_models": "onnxmerge.methods.pack.pack",
     "plan_fuse": "onnxmerge.methods.fuse.fuse",
-    "plan_gate": "onnxmerge.methods.gate",
+    "plan_gate": "onnxmerge.methods.gate.gate",
     "plan_zip": "onnxmerge.methods.zip.zip",
     "validate_model": "onnxmerge.methods.validate",
     "zip_models": "onnxmerge.methods.zip.zip",

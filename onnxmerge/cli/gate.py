@@ -12,7 +12,7 @@ from onnxmerge.cli.running import run_and_show
 from onnxmerge.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
-    from onnxmerge.methods.gate import GatePlan
+    from onnxmerge.methods.gate.plan import GatePlan
 
 
 @reports_errors
@@ -79,7 +79,8 @@ def gate(
     Writes merged.onnx, one model for each candidate, plan.json, report.json and report.html to DIR.
     """
     from onnxmerge.data import parse_data_option
-    from onnxmerge.methods.gate import GateSettings, gate_models, plan_gate
+    from onnxmerge.methods.gate.gate import gate_models, plan_gate
+    from onnxmerge.methods.gate.settings import GateSettings
     from onnxmerge.methods.task import task_names
 
     settings = GateSettings(

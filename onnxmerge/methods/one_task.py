@@ -1,7 +1,7 @@
 """Candidates that stand for several networks of one task: how they are scored, measured and kept."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from onnxmerge.ir.load import load
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.methods.candidates import Shelf
 from onnxmerge.methods.ensemble import Ensemble
+from onnxmerge.methods.fuse.settings import FuseSettings
+from onnxmerge.methods.gate.settings import GateSettings
 from onnxmerge.methods.measure import Bench, Judge
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task
@@ -27,7 +29,7 @@ class OneTask:
         weights: of each original in the ensemble.
         temporary: a folder for temporary files.
         shelf: where candidates are kept.
-        recipe: of its `settings`, `threads`, `providers` and `measure` are read.
+        settings: of the method.
         progress: told of stages.
     """
 
@@ -37,16 +39,13 @@ class OneTask:
         weights: Sequence[float],
         temporary: Path,
         shelf: Shelf,
-        recipe: Mapping[str, Any],
+        settings: FuseSettings | GateSettings,
         progress: Progress,
     ):
         self.tasks, self._weights, self._temporary = tasks, weights, temporary
         self.shelf, self._progress = shelf, progress
-        settings = recipe["settings"]
-        self._threads: int | None = settings["threads"]
-        self._bench = (
-            Bench(tasks, tasks[0].inputs, self._threads, settings["providers"]) if settings["measure"] else None
-        )
+        self._threads = settings.threads
+        self._bench = Bench(tasks, tasks[0].inputs, self._threads, settings.providers) if settings.measure else None
         self.candidates: list[Candidate] = []
         self._models: dict[str, oir.Model] = {}
         self.notes: list[str] = []

@@ -148,7 +148,7 @@ class _Run:
     ):
         self.planned, self.tasks, self.weights, self.settings = planned, planned.tasks, weights, settings
         self.recipe, self.progress = recipe, progress
-        self.made = OneTask(self.tasks, weights, temporary, shelf, recipe, progress)
+        self.made = OneTask(self.tasks, weights, temporary, shelf, settings, progress)
         self.made.notes += planned.notes
 
     @cached_property

@@ -142,7 +142,7 @@ class _Run:
         self._plan, self.planned, self.tasks = plan, planned, tasks
         self.settings, self.labels = settings, labels
         self.recipe, self.progress = recipe, progress
-        self.made = OneTask(tasks, [1.0] * len(tasks), temporary, shelf, recipe, progress)
+        self.made = OneTask(tasks, [1.0] * len(tasks), temporary, shelf, settings, progress)
         self.made.notes += [f"The channels of {space.name} are all kept: {space.reason}." for space in plan.whole]
         self.made.notes.append(
             "Labels taught." if labels else "The networks' mean prediction taught: no labels were used."
@@ -204,8 +204,7 @@ class _Run:
         outcome = fine_tune(
             student, self._sources(), training, Told(self.progress), self.made.shelf.checkpoint("student")
         )
-        if outcome.interrupted:
-            raise KeyboardInterrupt
+        self._finished("student", outcome)
         self.made.add("student", student, start="pruned", steps=self.settings.steps, losses=outcome.losses, begun=begun)
 
     def _sources(self) -> list["Source"]:

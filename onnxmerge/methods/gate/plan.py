@@ -66,8 +66,6 @@ def make_gate_plan(networks: Sequence[Network], settings: GateSettings) -> Plann
         ModelError: the networks are of different architectures, cannot be put side by side, or nothing can be gated.
     """
     first, *others = networks
-    for other in others:  # one by one, so that messages name it
-        _widened(first, [other])
     widened = _widened(first, others)
     width = settings.width or 1 / len(networks)
     places = find_gate_places(widened, first.model, len(networks), width)

@@ -59,7 +59,6 @@ class GateSettings:
             raise UsageError(f"--width {self.width:g}: must be above 0 and at most 1")
         if self.gate_steps < 1:
             raise UsageError(f"--gate-steps {self.gate_steps}: at least 1 is needed to choose channels")
-
         if not 0 <= self.mean_weight < float("inf"):
             raise UsageError(f"--mean-weight {self.mean_weight:g}: must be 0 or more")
 
