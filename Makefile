@@ -12,8 +12,9 @@ RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 demo: $(VENV)/.installed
 	$(BIN)/onnxmerge demo --overwrite
 
+# One process for each core, each with one thread: most tests run small products, which threads only slow down.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
