@@ -2,7 +2,8 @@
 
 import typer
 
-from onnxmerge.cli import align, bench, calibrate, demo, extract, fuse, gate, inspect, pack, validate, zip
+from onnxmerge.cli import align, bench, calibrate, demo, extract, fuse, gate, inspect, pack, passes, run, validate, zip
+from onnxmerge.cli.recipe import Told
 
 app = typer.Typer(
     name="onnxmerge",
@@ -11,16 +12,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("inspect")(inspect.inspect)
-app.command("align")(align.align)
-app.command("pack")(pack.pack)
-app.command("zip")(zip.zip)
-app.command("fuse")(fuse.fuse)
-app.command("gate")(gate.gate)
-app.command("calibrate")(calibrate.calibrate)
-app.command("validate")(validate.validate)
-app.command("extract")(extract.extract)
-app.command("bench")(bench.bench)
+app.command("inspect", cls=Told)(inspect.inspect)
+app.command("align", cls=Told)(align.align)
+app.command("pack", cls=Told)(pack.pack)
+app.command("zip", cls=Told)(zip.zip)
+app.command("fuse", cls=Told)(fuse.fuse)
+app.command("gate", cls=Told)(gate.gate)
+app.command("calibrate", cls=Told)(calibrate.calibrate)
+app.command("validate", cls=Told)(validate.validate)
+app.command("extract", cls=Told)(extract.extract)
+app.command("bench", cls=Told)(bench.bench)
+app.command("run")(run.run)
+app.command("passes")(passes.passes)
 app.command("demo")(demo.demo)
 
 
