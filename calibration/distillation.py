@@ -113,6 +113,7 @@ class Distillation:
         self._rounds = settings.steps * settings.accumulate
         self._sources: list[Ahead[Batches]] = []
         self._weights = [stream.weight(data, self._batch) for stream in streams]
+        self.samples = sum(stream.size(data, self._batch) for stream in streams)
         self.skip(0)
 
     @property
@@ -125,6 +126,12 @@ class Distillation:
         self._student.batch_statistics = self._updates
         for stream, source, weight in zip(self._streams, self._sources, self._weights, strict=True):
             yield stream.loss(self._student, next(source), weight)
+
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """The losses by task and name."""
+        objectives = [objective for stream in self._streams for objective in stream.objectives]
+        return {f"{own.task}/{name}": term for own in objectives for name, term in own.terms.items()}
 
     def skip(self, rounds: int) -> None:
         """Start behind so many batches of every stream."""

@@ -74,6 +74,8 @@ class Objective:
         """
         self.task, self.inputs = task, dict(inputs)
         self._settings, self._share = settings, share
+        self._terms: dict[str, float] = {}
+        self._counts = share
         floats = {s: t for s, t in outputs.items() if _is_float(merged, s)}
         if not floats:
             raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
@@ -97,6 +99,11 @@ class Objective:
     def taps(self) -> list[str]:
         """The merged model's values that the feature losses need."""
         return [pair.student for pair in self._taps]
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """What the last loss consisted of: "outputs", "kl", "labels" and "features", each with its weight."""
+        return {name: self._counts * term for name, term in self._terms.items()}
 
     def feed(self, batch: Batch) -> dict[str, Tensor]:
         """The merged model's inputs for `batch`."""
@@ -126,17 +133,18 @@ class Objective:
             UsageError: labels are needed and missing or do not fit the output, or no loss applies to the outputs.
         """
         weights, total = self._settings, torch.zeros(())
+        self._terms, self._counts = {}, self._share
         for pair, z_t, variance in zip(self._outputs, targets, self._variances, strict=False):
             z = values[pair.student].float()
             self._check_shapes(pair, z, z_t)
             if weights.logit_weight:
-                total = total + weights.logit_weight * losses.logit_error(z, z_t, variance)
+                total = total + self._term("outputs", weights.logit_weight * losses.logit_error(z, z_t, variance))
             if weights.kl_weight and pair.classes and is_class_shape(z.shape):
                 divergence = losses.kl(z.flatten(1), z_t.flatten(1), weights.temperature)
-                total = total + weights.kl_weight * divergence
+                total = total + self._term("kl", weights.kl_weight * divergence)
         if self._labelled is not None:
             logits, output = (values[name].float() for name in self._labelled)
-            total = total + weights.label_weight * self._label_loss(logits, output, batch)
+            total = total + self._term("labels", weights.label_weight * self._label_loss(logits, output, batch))
         elif not weights.logit_weight:
             self._check_that_kl_applies(values)
         return self._share * total
@@ -154,6 +162,7 @@ class Objective:
             UsageError: see `output_loss`.
         """
         total = self.output_loss(values, targets, batch)
+        self._counts = weight * self._share
         if not self._taps:
             return weight * total
         error, size = losses.FEATURES[self._settings.feature_norm]
@@ -164,7 +173,14 @@ class Objective:
         for pair, f_t, scale in zip(self._taps, maps, sizes, strict=True):
             self._check_shapes(pair, values[pair.student], f_t)
             errors.append(error(values[pair.student].float(), f_t, scale))
-        return weight * (total + self._share * self._settings.feature_weight * torch.stack(errors).mean())
+        mean = torch.stack(errors).mean()
+        self._term("features", self._settings.feature_weight * mean)
+        return weight * (total + self._share * self._settings.feature_weight * mean)
+
+    def _term(self, name: str, loss: Tensor) -> Tensor:
+        """Remember a part of the loss."""
+        self._terms[name] = self._terms.get(name, 0.0) + loss.item()
+        return loss
 
     def _run(self, batch: Batch, pairs: Sequence[Pair]) -> list[Tensor]:
         if self._teacher is None:

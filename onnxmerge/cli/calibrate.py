@@ -9,7 +9,7 @@ from onnxmerge.calibration.settings import Settings
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.processes import one_of_many
-from onnxmerge.cli.progress import Bars
+from onnxmerge.cli.progress import shown
 
 
 @reports_errors
@@ -81,6 +81,7 @@ def calibrate(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     report: options.Report = None,
+    tensorboard: options.TensorBoard = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -116,7 +117,7 @@ def calibrate(
     )
     sources = parse_data_option(data, list(teachers))
     try:
-        with Bars(quiet) as bars:
+        with shown(quiet, tensorboard) as bars:
             result = calibrate_model(
                 merged,
                 teachers,
