@@ -165,7 +165,6 @@ class _Loop:
         self.outcome, self.best = Outcome(), BestWeights(problem.trained)
         self._parameters = {n: t for n, t in problem.trained.items() if isinstance(t, torch.nn.Parameter)}
         self._optimiser, self._schedule = make_optimiser(list(self._parameters.values()), settings)
-        self._bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
         self._norms: Tensor | None = None
         self.scalars: dict[str, float] = {}
         self._fingerprint, self._saved = "", time.monotonic()
@@ -247,7 +246,7 @@ class _Loop:
         """Add up the gradients of one round of losses; returns their sum."""
         total, losses = 0.0, self.problem.losses()
         while True:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            with mixed(self.settings):
                 loss = next(losses, None)
             if loss is None:
                 return total
@@ -319,6 +318,12 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def mixed(settings: Training) -> torch.autocast:
+    """The precision in which a run computes, for as long as this lasts."""
+    enabled = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
 def native_bfloat16() -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from onnxmerge.calibration import losses, ranks
 from onnxmerge.calibration.module import GraphModule, channels_last
+from onnxmerge.calibration.remembered import Remembered
 from onnxmerge.calibration.settings import Settings
-from onnxmerge.data import Batch
+from onnxmerge.data import Batch, Split
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.outputs import is_class_shape, may_name_classes, same_but_for_ones
 
@@ -76,6 +77,7 @@ class Objective:
         self._settings, self._share = settings, share
         self._terms: dict[str, float] = {}
         self._counts = share
+        self._remembered: Remembered | None = None
         floats = {s: t for s, t in outputs.items() if _is_float(merged, s)}
         if not floats:
             raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
@@ -119,11 +121,25 @@ class Objective:
 
     def targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's outputs for `batch`, then its feature maps in the merged model's channel order."""
+        if self._remembered is not None:
+            assert batch.numbers is not None
+            return self._remembered(batch.numbers)
         pairs = self._outputs + self._taps
         return [
             value if pair.channels is None else value.index_select(1, pair.channels)
             for pair, value in zip(pairs, self._run(batch, pairs), strict=True)
         ]
+
+    def remember(self, split: Split, batch: int, limit: int) -> int:
+        """Keep the targets for all samples of `split`, whose batches are all that is asked for; bytes that they take.
+
+        Raises:
+            UsageError: these are more than `limit`, or there is no room for them.
+        """
+        if self._teacher is None:
+            return 0
+        self._remembered = Remembered(self.targets, split, batch, limit)
+        return self._remembered.bytes
 
     def output_loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
         """The weighted logit error and KL, summed over the task's outputs, and the label loss at the first of them.

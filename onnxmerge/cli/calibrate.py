@@ -61,6 +61,15 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    cache_bytes: Annotated[
+        int,
+        typer.Option(
+            "--cache-bytes",
+            min=0,
+            help="Compute once what teachers give for each sample, and keep it in a temporary file of at most this "
+            "size; 0: in every step.",
+        ),
+    ] = Settings.cache_bytes,
     labels: options.Labels = False,
     kl_weight: Annotated[
         float, typer.Option("--kl-weight", help="Weight of the KL divergence to the teachers.")
@@ -109,6 +118,7 @@ def calibrate(
         evaluations=evaluations,
         threads=threads,
         bfloat16=bfloat16,
+        cache_bytes=cache_bytes,
         kl_weight=kl_weight,
         temperature=temperature,
         logit_weight=logit_weight,
