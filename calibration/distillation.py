@@ -10,8 +10,9 @@ import onnx_ir
 import torch
 from torch import Tensor
 
+from onnxmerge.calibration import ranks
 from onnxmerge.calibration.ahead import Ahead
-from onnxmerge.calibration.engine import Outcome, Progress, threads, train
+from onnxmerge.calibration.engine import Outcome, Progress, mixed, threads, train
 from onnxmerge.calibration.judge import Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
@@ -113,6 +114,8 @@ class Distillation:
         self._rounds = settings.steps * settings.accumulate
         self._sources: list[Ahead[Batches]] = []
         self._weights = [stream.weight(data, self._batch) for stream in streams]
+        self.samples = sum(stream.size(data, self._batch) for stream in streams)
+        self._remember(settings)
         self.skip(0)
 
     @property
@@ -126,11 +129,28 @@ class Distillation:
         for stream, source, weight in zip(self._streams, self._sources, self._weights, strict=True):
             yield stream.loss(self._student, next(source), weight)
 
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """The losses by task and name."""
+        objectives = [objective for stream in self._streams for objective in stream.objectives]
+        return {f"{own.task}/{name}": term for own in objectives for name, term in own.terms.items()}
+
     def skip(self, rounds: int) -> None:
         """Start behind so many batches of every stream."""
         self.close()
         endless = [stream.shuffled(self._data, self._batch, self._seed, rounds) for stream in self._streams]
         self._sources = [Ahead(itertools.islice(source, max(self._rounds - rounds, 0))) for source in endless]
+
+    def _remember(self, settings: Settings) -> None:
+        """Have teachers keep what they give, where that is wanted and pays."""
+        left = settings.cache_bytes
+        for stream in self._streams if left else ():
+            own = self._rounds * stream.size(self._data, self._batch) // ranks.count()
+            for objective in stream.objectives:
+                split = self._data[objective.task]
+                if own > len(split):
+                    with mixed(settings):
+                        left -= objective.remember(split, self._batch, left)
 
     @property
     def waited(self) -> float:

@@ -39,6 +39,14 @@ class Problem(Protocol):
         What is drawn at random comes from torch's generator, which the loop seeds before every step.
         """
 
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """What the losses of the last call of `losses` consisted of, by name; empty where there is nothing to tell."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples one call of `losses` draws, in all processes."""
+
     def skip(self, rounds: int) -> None:
         """Called before a run goes on: go past the batches that so many calls of `losses` have drawn."""
 
@@ -61,12 +69,14 @@ class Done:
         steps: of the whole run.
         loss: what it was trained on.
         held_out: the held-out loss, where it was measured now.
+        scalars: all that is known of the step, both losses too, by the names under which a log shows it.
     """
 
     step: int
     steps: int
     loss: float
     held_out: float | None
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
 
 Progress = Callable[[Done], None]
@@ -129,7 +139,8 @@ def train(
                 if checkpoint is not None:
                     loop.save(checkpoint, done, now=held_out is not None)
                 if progress is not None:
-                    progress(Done(done, settings.steps, loss, held_out))
+                    measured = {} if held_out is None else {"loss/held-out": held_out}
+                    progress(Done(done, settings.steps, loss, held_out, loop.scalars | measured))
         outcome.stopped = done if done < settings.steps else None
     except _Failed as failed:
         outcome.failure = f"{failed}; the weights of step {best.step} were kept"
@@ -141,15 +152,21 @@ def train(
 
 
 class _Loop:
-    """A run under way."""
+    """A run under way.
+
+    Attributes:
+        outcome: so far.
+        best: the weights to keep.
+        scalars: what is known of the last step.
+    """
 
     def __init__(self, problem: Problem, settings: Training):
         self.problem, self.settings = problem, settings
         self.outcome, self.best = Outcome(), BestWeights(problem.trained)
         self._parameters = {n: t for n, t in problem.trained.items() if isinstance(t, torch.nn.Parameter)}
         self._optimiser, self._schedule = make_optimiser(list(self._parameters.values()), settings)
-        self._bfloat16 = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
         self._norms: Tensor | None = None
+        self.scalars: dict[str, float] = {}
         self._fingerprint, self._saved = "", time.monotonic()
 
     def resume(self, checkpoint: Checkpoint) -> int:
@@ -193,14 +210,23 @@ class _Loop:
         Raises:
             _Failed: the loss or a gradient is not finite; nothing was changed.
         """
+        begun, terms = time.perf_counter(), dict[str, float]()
         torch.manual_seed(_SEEDS * self.settings.seed + step)
         self._optimiser.zero_grad(set_to_none=True)
-        loss = self._share(sum(self._backward() for _ in range(self.settings.accumulate)))
-        self._bound(step, loss)
+        own = 0.0
+        for _ in range(self.settings.accumulate):
+            own += self._backward()
+            for name, term in self.problem.terms.items():
+                terms[name] = terms.get(name, 0.0) + term / self.settings.accumulate
+        loss, *shared = self._share([own, *terms.values()])
+        norm, rate = self._bound(step, loss), self._rate()
         self._optimiser.step()
         ranks.average([tensor for name, tensor in self.problem.trained.items() if name not in self._parameters])
         self.problem.settle(step)
         self._schedule.step()
+        samples = self.settings.accumulate * self.problem.samples
+        self.scalars = {"loss/all": loss} | {f"loss/{name}": term for name, term in zip(terms, shared, strict=True)}
+        self.scalars |= {"rate": rate, "gradient norm": norm, "samples per second": samples / _seconds_since(begun)}
         return loss
 
     def evaluate(self, step: int) -> float:
@@ -220,7 +246,7 @@ class _Loop:
         """Add up the gradients of one round of losses; returns their sum."""
         total, losses = 0.0, self.problem.losses()
         while True:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            with mixed(self.settings):
                 loss = next(losses, None)
             if loss is None:
                 return total
@@ -229,14 +255,19 @@ class _Loop:
             loss.backward()
             total += loss.item()
 
-    def _share(self, loss: float) -> float:
+    def _share(self, losses: list[float]) -> list[float]:
         """Average the gradients of all processes, and their losses."""
-        total = torch.tensor(loss)
-        ranks.average([p.grad for p in self._parameters.values() if p.grad is not None] + [total])
-        return loss if ranks.count() == 1 else float(total)
+        shared = torch.tensor(losses)
+        ranks.average([p.grad for p in self._parameters.values() if p.grad is not None] + [shared])
+        return losses if ranks.count() == 1 else shared.tolist()
 
-    def _bound(self, step: int, loss: float) -> None:
-        """Clip the gradients; refuse what is not finite."""
+    def _rate(self) -> float:
+        """The learning rate of this step, on the scale of `Training.rate`."""
+        group = self._optimiser.param_groups[0]
+        return float(self.settings.rate * group["lr"] / group.get("max_lr", group["initial_lr"]))
+
+    def _bound(self, step: int, loss: float) -> float:
+        """Clip the gradients, refuse what is not finite; the norm of all before it was clipped."""
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         norms = torch.stack([gradient.norm() for gradient in gradients.values()]).float()
         if not (math.isfinite(loss) and bool(norms.isfinite().all())):
@@ -248,15 +279,20 @@ class _Loop:
                 f"{what} in step {step}; the largest gradient{when} had the norm {float(norm):.3g}, "
                 f"of {list(gradients)[int(place)]!r}"
             )
-        self._norms = norms
+        self._norms, whole = norms, float(norms.norm())
         if self.settings.clip is not None:
-            scale = self.settings.clip / max(float(norms.norm()), self.settings.clip)
+            scale = self.settings.clip / max(whole, self.settings.clip)
             for gradient in gradients.values():
                 gradient.mul_(scale)
+        return whole
 
 
 _SEEDS = 1_000_003
 """Steps of two runs with neighbouring seeds draw different numbers, up to this many steps."""
+
+
+def _seconds_since(begun: float) -> float:
+    return max(time.perf_counter() - begun, 1e-9)
 
 
 def fingerprint(recipe: str, settings: Training, start: Mapping[str, Tensor]) -> str:
@@ -282,6 +318,12 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def mixed(settings: Training) -> torch.autocast:
+    """The precision in which a run computes, for as long as this lasts."""
+    enabled = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
 def native_bfloat16() -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from onnxmerge.calibration import losses, ranks
 from onnxmerge.calibration.module import GraphModule, channels_last
+from onnxmerge.calibration.remembered import Remembered
 from onnxmerge.calibration.settings import Settings
-from onnxmerge.data import Batch
+from onnxmerge.data import Batch, Split
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.outputs import is_class_shape, may_name_classes, same_but_for_ones
 
@@ -74,6 +75,9 @@ class Objective:
         """
         self.task, self.inputs = task, dict(inputs)
         self._settings, self._share = settings, share
+        self._terms: dict[str, float] = {}
+        self._counts = share
+        self._remembered: Remembered | None = None
         floats = {s: t for s, t in outputs.items() if _is_float(merged, s)}
         if not floats:
             raise ModelError(f"task {task!r} has no float output, so there is nothing to calibrate towards")
@@ -98,6 +102,11 @@ class Objective:
         """The merged model's values that the feature losses need."""
         return [pair.student for pair in self._taps]
 
+    @property
+    def terms(self) -> dict[str, float]:
+        """What the last loss consisted of: "outputs", "kl", "labels" and "features", each with its weight."""
+        return {name: self._counts * term for name, term in self._terms.items()}
+
     def feed(self, batch: Batch) -> dict[str, Tensor]:
         """The merged model's inputs for `batch`."""
         return {student: _input(batch, teacher, self.task) for student, teacher in self.inputs.items()}
@@ -112,11 +121,25 @@ class Objective:
 
     def targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's outputs for `batch`, then its feature maps in the merged model's channel order."""
+        if self._remembered is not None:
+            assert batch.numbers is not None
+            return self._remembered(batch.numbers)
         pairs = self._outputs + self._taps
         return [
             value if pair.channels is None else value.index_select(1, pair.channels)
             for pair, value in zip(pairs, self._run(batch, pairs), strict=True)
         ]
+
+    def remember(self, split: Split, batch: int, limit: int) -> int:
+        """Keep the targets for all samples of `split`, whose batches are all that is asked for; bytes that they take.
+
+        Raises:
+            UsageError: these are more than `limit`, or there is no room for them.
+        """
+        if self._teacher is None:
+            return 0
+        self._remembered = Remembered(self.targets, split, batch, limit)
+        return self._remembered.bytes
 
     def output_loss(self, values: Mapping[str, Tensor], targets: Sequence[Tensor], batch: Batch) -> Tensor:
         """The weighted logit error and KL, summed over the task's outputs, and the label loss at the first of them.
@@ -126,17 +149,18 @@ class Objective:
             UsageError: labels are needed and missing or do not fit the output, or no loss applies to the outputs.
         """
         weights, total = self._settings, torch.zeros(())
+        self._terms, self._counts = {}, self._share
         for pair, z_t, variance in zip(self._outputs, targets, self._variances, strict=False):
             z = values[pair.student].float()
             self._check_shapes(pair, z, z_t)
             if weights.logit_weight:
-                total = total + weights.logit_weight * losses.logit_error(z, z_t, variance)
+                total = total + self._term("outputs", weights.logit_weight * losses.logit_error(z, z_t, variance))
             if weights.kl_weight and pair.classes and is_class_shape(z.shape):
                 divergence = losses.kl(z.flatten(1), z_t.flatten(1), weights.temperature)
-                total = total + weights.kl_weight * divergence
+                total = total + self._term("kl", weights.kl_weight * divergence)
         if self._labelled is not None:
             logits, output = (values[name].float() for name in self._labelled)
-            total = total + weights.label_weight * self._label_loss(logits, output, batch)
+            total = total + self._term("labels", weights.label_weight * self._label_loss(logits, output, batch))
         elif not weights.logit_weight:
             self._check_that_kl_applies(values)
         return self._share * total
@@ -154,6 +178,7 @@ class Objective:
             UsageError: see `output_loss`.
         """
         total = self.output_loss(values, targets, batch)
+        self._counts = weight * self._share
         if not self._taps:
             return weight * total
         error, size = losses.FEATURES[self._settings.feature_norm]
@@ -164,7 +189,14 @@ class Objective:
         for pair, f_t, scale in zip(self._taps, maps, sizes, strict=True):
             self._check_shapes(pair, values[pair.student], f_t)
             errors.append(error(values[pair.student].float(), f_t, scale))
-        return weight * (total + self._share * self._settings.feature_weight * torch.stack(errors).mean())
+        mean = torch.stack(errors).mean()
+        self._term("features", self._settings.feature_weight * mean)
+        return weight * (total + self._share * self._settings.feature_weight * mean)
+
+    def _term(self, name: str, loss: Tensor) -> Tensor:
+        """Remember a part of the loss."""
+        self._terms[name] = self._terms.get(name, 0.0) + loss.item()
+        return loss
 
     def _run(self, batch: Batch, pairs: Sequence[Pair]) -> list[Tensor]:
         if self._teacher is None:

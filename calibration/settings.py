@@ -51,6 +51,9 @@ class Training:
         threads: CPU threads; None leaves torch's choice, which is slow where other processes use the same cores.
         bfloat16: compute with 8-bit mantissas while training (weights and judging stay float32); None: where the CPU
             has instructions for it, which halves the time of a step.
+        cache_bytes: where a run sees samples more than once, what teachers give for them is computed before it starts
+            and kept in a temporary file of at most this size; 0: it is computed in every step. Results are the same but
+            for rounding.
     """
 
     steps: int
@@ -71,6 +74,7 @@ class Training:
     evaluations: int = 10
     threads: int | None = None
     bfloat16: bool | None = None
+    cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -78,8 +82,16 @@ class Training:
         Raises:
             UsageError: a number is out of its range, or a choice is none.
         """
-        least = {"steps": 0, "batch": 1, "evaluations": 1, "accumulate": 1, "patience": 1, "threads": 1}
-        for name, bound in (least | {"weight_decay": 0}).items():
+        least = {
+            "steps": 0,
+            "batch": 1,
+            "evaluations": 1,
+            "accumulate": 1,
+            "patience": 1,
+            "threads": 1,
+            "cache_bytes": 0,
+        }
+        for name, bound in (least | {"weight_decay": 0, "cache_bytes": 0}).items():
             value = getattr(self, name)
             self._check(name, value is None or bound <= value < math.inf, f"at least {bound}")
         for name in ("rate", "gamma", "clip"):

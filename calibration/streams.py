@@ -40,7 +40,7 @@ class Stream:
         Tasks with the very same split get the very same batch.
         """
         distinct, part = self._distinct(splits), (ranks.rank(), ranks.count())
-        size = self._size(splits, size)
+        size = self.size(splits, size)
         return self._spread(splits, {key: s.shuffled(size, seed, skip, part) for key, s in distinct.items()})
 
     def weight(self, splits: Mapping[str, Split], size: int) -> float:
@@ -49,7 +49,7 @@ class Stream:
         Raises:
             UsageError: there are fewer samples in a batch than processes.
         """
-        size = self._size(splits, size)
+        size = self.size(splits, size)
         if size < ranks.count():
             raise UsageError(f"a batch of {size} samples cannot be shared by {ranks.count()} processes")
         return len(np.array_split(np.arange(size), ranks.count())[ranks.rank()]) * ranks.count() / size
@@ -66,7 +66,8 @@ class Stream:
         feed = {name: x for o in self.objectives for name, x in o.feed(batches[o.task]).items()}
         return merged.value_bytes(feed, [name for o in self.objectives for name in o.outputs + o.taps])
 
-    def _size(self, splits: Mapping[str, Split], size: int) -> int:
+    def size(self, splits: Mapping[str, Split], size: int) -> int:
+        """How many samples a batch has: `size`, or as many as there are."""
         return min(size, *(len(split) for split in self._distinct(splits).values()))
 
     def _distinct(self, splits: Mapping[str, Split]) -> dict[int, Split]:

@@ -13,7 +13,7 @@ from graphs import dense
 from safetensors import safe_open
 from test_calibrate import TASKS, calibrate, error_of, work
 
-from onnxmerge.data import Split
+from onnxmerge.data import Batch, Split
 
 __all__ = ["work"]  # a fixture
 pytestmark = pytest.mark.slow
@@ -136,14 +136,17 @@ def test_parts_of_a_batch_make_the_batch() -> None:
         def __len__(self) -> int:
             return 50
 
-        def read(self, rows: np.ndarray) -> np.ndarray:
-            return rows
+        def read(self, rows: np.ndarray) -> Batch:
+            return Batch({"x": rows}, None)
 
     split = Split(Numbers())  # type: ignore[arg-type]
     whole = split.shuffled(11, 3)
     parts = [split.shuffled(11, 3, part=(rank, 3)) for rank in range(3)]
     for _ in range(12):
-        np.testing.assert_array_equal(np.concatenate([next(part) for part in parts]), next(whole))
+        read = [next(part) for part in parts]
+        expected = next(whole)
+        np.testing.assert_array_equal(np.concatenate([part.inputs["x"] for part in read]), expected.inputs["x"])
+        np.testing.assert_array_equal(expected.numbers, expected.inputs["x"])
 
 
 def test_gradients_statistics_and_judgement_are_the_same_in_all_processes(tmp_path: Path) -> None:

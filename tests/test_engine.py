@@ -51,6 +51,14 @@ class Line:
         for _ in range(self._rounds):
             yield self.batch()
 
+    @property
+    def terms(self) -> Mapping[str, float]:
+        return {"line": self._number}
+
+    @property
+    def samples(self) -> int:
+        return 8 * self._rounds
+
     def skip(self, rounds: int) -> None:
         self._number = rounds * self._rounds
 
@@ -360,6 +368,8 @@ def test_progress_says_loss_and_speed() -> None:
 
         def advance(self, note: str = "") -> None:
             self.notes.append(note)
+
+        def measured(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
     tell = Told(Line())
     tell(Done(3, 5, 0.5, None))

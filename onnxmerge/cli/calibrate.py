@@ -9,7 +9,7 @@ from onnxmerge.calibration.settings import Settings
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.processes import one_of_many
-from onnxmerge.cli.progress import Bars
+from onnxmerge.cli.progress import shown
 
 
 @reports_errors
@@ -61,6 +61,15 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
+    cache_bytes: Annotated[
+        int,
+        typer.Option(
+            "--cache-bytes",
+            min=0,
+            help="Compute once what teachers give for each sample, and keep it in a temporary file of at most this "
+            "size; 0: in every step.",
+        ),
+    ] = Settings.cache_bytes,
     labels: options.Labels = False,
     kl_weight: Annotated[
         float, typer.Option("--kl-weight", help="Weight of the KL divergence to the teachers.")
@@ -81,6 +90,7 @@ def calibrate(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     report: options.Report = None,
+    tensorboard: options.TensorBoard = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -108,6 +118,7 @@ def calibrate(
         evaluations=evaluations,
         threads=threads,
         bfloat16=bfloat16,
+        cache_bytes=cache_bytes,
         kl_weight=kl_weight,
         temperature=temperature,
         logit_weight=logit_weight,
@@ -116,7 +127,7 @@ def calibrate(
     )
     sources = parse_data_option(data, list(teachers))
     try:
-        with Bars(quiet) as bars:
+        with shown(quiet, tensorboard) as bars:
             result = calibrate_model(
                 merged,
                 teachers,

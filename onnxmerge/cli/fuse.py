@@ -95,6 +95,7 @@ def fuse(
     threads: options.Threads = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
+    tensorboard: options.TensorBoard = None,
     dry_run: options.DryRun = False,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -147,6 +148,7 @@ def fuse(
         quiet=quiet,
         as_json=as_json,
         report=report,
+        log=tensorboard,
     )
     if result.chosen is None:
         raise GateFailed(f"no candidate stays within --max-drop {max_drop:g}; see {output / 'report.html'}")

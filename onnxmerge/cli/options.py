@@ -33,6 +33,15 @@ Providers = Annotated[str, typer.Option("--providers", metavar="P[,P]", help="Wh
 Report = Annotated[
     Path | None, typer.Option("--report", metavar="FILE", help="Also write the report to FILE (.json or .html).")
 ]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard",
+        metavar="DIR",
+        help="Write losses, rate, gradient norm and speed of every step to DIR, for TensorBoard.",
+        show_default=False,
+    ),
+]
 Cost = Annotated[
     LayerCost,
     typer.Option(

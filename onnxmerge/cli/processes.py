@@ -29,7 +29,8 @@ def one_of_many(command: Callable[..., Any]) -> Callable[..., Any]:
                 own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxmerge-"))) / "out"
                 if kwargs["resume"] and output.is_dir():
                     shutil.copytree(output, own)
-                kwargs |= {"output": own, "report": None, "quiet": True}
+                kwargs |= {name: None for name in ("report", "tensorboard") if name in kwargs}
+                kwargs |= {"output": own, "quiet": True}
                 nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             wait_for_all()

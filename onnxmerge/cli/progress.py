@@ -1,7 +1,26 @@
 """Progress bars on stderr; silent when stderr is not a terminal or --quiet is given."""
 
+import contextlib
 import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
+
+from onnxmerge.calibration.log import Log
+from onnxmerge.methods.progress import Logged, Progress
+
+
+@contextlib.contextmanager
+def shown(quiet: bool, log: Path | None) -> Iterator[Progress]:
+    """Bars, and a log in the folder `log` where one is wanted.
+
+    Raises:
+        UsageError: the log cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        written = None if log is None else stack.enter_context(contextlib.closing(Log(log)))
+        bars = stack.enter_context(Bars(quiet))
+        yield bars if written is None else Logged(bars, written)
 
 
 class Bars:
@@ -9,10 +28,11 @@ class Bars:
 
     def __init__(self, quiet: bool):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Drawn
         from rich.progress import TimeRemainingColumn as Remaining
 
-        self._bars = Progress(
+        self._bars = Drawn(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -45,3 +65,6 @@ class Bars:
             self._bars.update(self._task, advance=1, note=note)
         else:
             self._bars.update(self._task, advance=1)
+
+    def measured(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Bars show what `advance` notes."""

@@ -102,6 +102,7 @@ def zip(
     threads: options.Threads = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
+    tensorboard: options.TensorBoard = None,
     dry_run: options.DryRun = False,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -157,6 +158,7 @@ def zip(
         quiet=quiet,
         as_json=as_json,
         report=report,
+        log=tensorboard,
     )
     if result.chosen is None:
         raise GateFailed(f"{result.notes[-1]} See {output / 'report.html'}")

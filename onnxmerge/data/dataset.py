@@ -36,10 +36,12 @@ class Batch(NamedTuple):
     """Some samples: each input's array (samples first) and, where known, labels.
 
     Labels are class numbers (samples,) int64, or what the model's first output should be (samples, ...) float32.
+    Numbers (samples,) say which of their split's samples these are, where they were drawn at random.
     """
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray | None
+    numbers: np.ndarray | None = None
 
     @property
     def classes(self) -> np.ndarray | None:
@@ -95,12 +97,13 @@ class Split:
         generator = np.random.default_rng(seed)
         size = min(size, len(self))
         while True:
-            order = generator.permutation(self._rows)
+            order = generator.permutation(len(self))
             for start in range(0, len(order) - size + 1, size):
                 if skip:
                     skip -= 1
                     continue
-                yield self._samples.read(np.array_split(order[start : start + size], part[1])[part[0]])
+                numbers = np.array_split(order[start : start + size], part[1])[part[0]]
+                yield self._samples.read(self._rows[numbers])._replace(numbers=numbers)
 
     def take(self, samples: int, seed: int) -> "Split":
         """A random subset of `samples` samples in the source's order, or all of them when there are no more.

@@ -97,6 +97,7 @@ class Told:
         if done.held_out is not None:
             self._held_out = f"held-out loss {done.held_out:.4f}, "
         rate = (done.step - self._before) / max(time.perf_counter() - self._begun, 1e-9)
+        self._progress.measured(done.step, done.scalars)
         self._progress.advance(f"loss {done.loss:.4f}, {self._held_out}{rate:.3g} steps/s")
 
 

@@ -27,7 +27,8 @@ class Interrupted(KeyboardInterrupt):
 class Shelf:
     """The candidates of one output folder: beside each model `NAME.onnx` a record `NAME.json` with both hashes.
 
-    Of one that is still being calibrated there is only `NAME.checkpoint`.
+    Of one that is still being calibrated there is only `NAME.checkpoint`, and where layers were trained before, a
+    `NAME.layerN.checkpoint` for each.
 
     Args:
         folder: the output folder.
@@ -45,9 +46,10 @@ class Shelf:
         """Where the model of candidate `name` is."""
         return self._folder / f"{name}.onnx"
 
-    def checkpoint(self, name: str) -> Checkpoint:
-        """Where candidate `name` is kept while it is calibrated."""
-        return Checkpoint(self._folder / f"{name}.checkpoint", self._fingerprint, self._resume)
+    def checkpoint(self, name: str, layer: int | None = None) -> Checkpoint:
+        """Where candidate `name` is kept while it is calibrated, or trained after its shared layer of this number."""
+        part = "" if layer is None else f".layer{layer}"
+        return Checkpoint(self._folder / f"{name}{part}.checkpoint", self._fingerprint, self._resume)
 
     def get(self, name: str) -> Candidate | None:
         """The finished candidate `name` of an earlier run with the same recipe, if it is there and undamaged."""
@@ -75,7 +77,9 @@ class Shelf:
             "candidate": candidate.model_dump(mode="json"),
         }
         write_text(self._folder / f"{candidate.name}.json", json.dumps(record, indent=2) + "\n")
-        self.checkpoint(candidate.name).path.unlink(missing_ok=True)
+        for pattern in (f"{candidate.name}.checkpoint", f"{candidate.name}.layer*.checkpoint"):
+            for checkpoint in self._folder.glob(pattern):
+                checkpoint.unlink()
 
     def choose(self, name: str | None) -> None:
         """Make candidate `name` the folder's merged.onnx; None: leave it without one."""

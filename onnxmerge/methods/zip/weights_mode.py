@@ -1,5 +1,6 @@
 """zip in weights mode: one walk shares unit after unit, and each candidate goes on from the one before."""
 
+import itertools
 import json
 
 import onnx_ir as oir
@@ -31,8 +32,11 @@ class WeightsMode:
         job.progress.stage(f"{planned.name}: fit", None)
         tasks, sharable = sized_for(job.tasks, job.sharable, planned.units)
 
+        numbers = itertools.count(1)
+
         def after(merged: oir.Model, layer: str) -> None:
-            job.calibrate(f"{planned.name}, {layer}", merged, tasks, own.retrain)
+            checkpoint = job.shelf.checkpoint(planned.name, next(numbers))
+            job.calibrate(f"{planned.name}, {layer}", merged, tasks, own.retrain, checkpoint)
 
         merged = share_weights(
             sharable,
