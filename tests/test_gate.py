@@ -218,6 +218,23 @@ def test_a_bound_that_is_not_kept_ends_with_1(folder):
     assert not (path / "out" / "merged.onnx").exists()
 
 
+def test_the_command_takes_the_optimiser_its_rate_and_the_batch(folder):
+    path = folder()
+    given = ["--optimiser", "sgd", "--rate", 0.003, "--batch", 16, "--gate-steps", 2, "--steps", 2, "--threads", 1]
+    done = command(path / "a.onnx", path / "b.onnx", "--data", path / "data.npz", "-o", path / "out", *given)
+    assert done.exit_code == 0, done.output
+    recipe = json.loads((path / "out" / "report.json").read_text())["recipe"]["settings"]
+    assert (recipe["optimiser"], recipe["rate"], recipe["batch"]) == ("sgd", 0.003, 16)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--optimiser", "adam"), ("--rate", 0), ("--batch", 0)])
+def test_the_command_refuses_a_training_that_cannot_be(option, value, folder):
+    path = folder()
+    done = command(path / "a.onnx", path / "b.onnx", "--dry-run", option, value)
+    assert done.exit_code == 2 and option.strip("-") in done.output
+    assert "Traceback" not in done.output
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,8 @@ class GateSettings:
             raise UsageError(f"--gate-steps {self.gate_steps}: at least 1 is needed to choose channels")
         if not 0 <= self.mean_weight < float("inf"):
             raise UsageError(f"--mean-weight {self.mean_weight:g}: must be 0 or more")
+        self.learning(labels=True)  # refuses a rate, a batch or an optimiser that cannot be, before anything is read
+        self.tuning(labels=True)
 
     def learning(self, *, labels: bool) -> Settings:
         """What the trainer is told while gates are learned."""
