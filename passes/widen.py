@@ -116,6 +116,15 @@ class Widen(oir.passes.FunctionalPass):
         return oir.passes.PassResult(widening.finish(), modified=True)
 
 
+def same_architecture(model: oir.Model, other: oir.Model) -> bool:
+    """Whether two networks differ in nothing but their weights."""
+    try:
+        _matched(model, [other])
+    except ModelError:
+        return False
+    return True
+
+
 def _matched(model: oir.Model, others: Sequence[oir.Model]) -> dict[str, list[np.ndarray]]:
     """For each constant of `model` its array in every network."""
     arrays = {name: [get_array(value)] for name, value in model.graph.initializers.items()}

@@ -33,6 +33,15 @@ def gate(
             show_default=False,
         ),
     ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            "--heads",
+            metavar="mean|apart",
+            help="One mean output of networks of one task, or each network's own; default: apart where outputs differ.",
+            show_default=False,
+        ),
+    ] = None,
     layerwise: Annotated[
         bool,
         typer.Option(
@@ -99,6 +108,7 @@ def gate(
 
     settings = GateSettings(
         width=width,
+        heads=heads,  # type: ignore[arg-type]  # refused there if it is none
         layerwise=layerwise,
         gate_steps=gate_steps,
         steps=steps,

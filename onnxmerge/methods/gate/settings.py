@@ -14,13 +14,17 @@ class GateSettings:
     Attributes:
         width: share of the channels of all networks together that stay in each channel space; None: 1 / networks, so
             that the result is as large as one.
+        heads: "mean": the networks have one task, and the result makes their mean output; "apart": what follows their
+            last common channels is kept for each, its outputs called `TASK/output`; None: "apart" where networks of
+            one architecture have outputs that differ in shape or operators, else "mean".
         layerwise: gates are learned one channel space at a time, from what layers read in the networks themselves: less
             memory and time, for networks that are never put side by side.
         gate_steps: steps in which gates, and the weights with them, are learned; without `layerwise`.
         steps: steps of fine-tuning after pruning; 0: none.
-        labels: learn from the data's labels; None: where all data have some. Without them the networks' mean teaches.
-        mean_weight: where a classifier is fine-tuned on labels, the weight of the KL divergence to the networks' mean
-            prediction beside that of the labels, which is 1; 0: labels alone, as published.
+        labels: learn from the data's labels; None: where all data have some, and with heads apart where each network
+            has data of its own. Without them the networks' mean teaches, or of heads apart each network its own.
+        mean_weight: where a classifier is fine-tuned on labels, the weight of the KL divergence to what teaches without
+            them beside that of the labels, which is 1; 0: labels alone, as published.
         batch: samples of each data set in a step.
         optimiser: "adamw", its rate relative to each array's root mean square and in one cycle; or "sgd", at a constant
             rate while gates are learned.
@@ -34,6 +38,7 @@ class GateSettings:
     """
 
     width: float | None = None
+    heads: Literal["mean", "apart"] | None = None
     layerwise: bool = False
     gate_steps: int = 1000
     steps: int = 1000
@@ -57,6 +62,10 @@ class GateSettings:
         """
         if self.width is not None and not 0 < self.width <= 1:
             raise UsageError(f"--width {self.width:g}: must be above 0 and at most 1")
+        if self.heads not in ("mean", "apart", None):
+            raise UsageError(f"--heads {self.heads}: must be mean or apart")
+        if self.layerwise and self.heads == "apart":
+            raise UsageError("--layerwise: the networks must have one task; leave out --heads apart")
         if self.gate_steps < 1:
             raise UsageError(f"--gate-steps {self.gate_steps}: at least 1 is needed to choose channels")
         if not 0 <= self.mean_weight < float("inf"):
