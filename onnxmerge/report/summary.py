@@ -24,7 +24,8 @@ def original_bytes(result: Result) -> int | None:
 
 def is_fused(result: Result) -> bool:
     """Whether the originals have one task, so that their ensemble is what candidates are compared with."""
-    return result.method in ("fuse", "gate") and all(c.ensemble is not None for c in result.candidates)
+    kept_apart = any(candidate.ensemble is None for candidate in result.candidates)
+    return result.method == "fuse" or (result.method == "gate" and not kept_apart)
 
 
 def best_original(result: Result) -> tuple[str, float] | None:
