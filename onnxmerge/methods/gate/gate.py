@@ -130,6 +130,14 @@ def _use_labels(tasks: Sequence[Task], settings: GateSettings, plan: GatePlan) -
     return not missing and not shared if settings.labels is None else settings.labels
 
 
+def _kept_whole(plan: GatePlan) -> list[str]:
+    """A note for each reason why channels are all kept."""
+    spaces: dict[str, list[str]] = {}
+    for space in plan.whole:
+        spaces.setdefault(space.reason or "", []).append(space.name)
+    return [f"The channels of {', '.join(names)} are all kept: {reason}." for reason, names in spaces.items()]
+
+
 class _Run:
     """One run under way."""
 
@@ -150,7 +158,7 @@ class _Run:
         self.recipe, self.progress = recipe, progress
         outputs = task_outputs(tasks) if plan.apart else None
         self.made = OneTask(tasks, [1.0] * len(tasks), temporary, shelf, settings, progress, outputs)
-        self.made.notes += [f"The channels of {space.name} are all kept: {space.reason}." for space in plan.whole]
+        self.made.notes += _kept_whole(plan)
         taught = f"{plan.teacher[0].upper()}{plan.teacher[1:]} taught: no labels were used."
         self.made.notes.append("Labels taught." if labels else taught)
 
