@@ -145,6 +145,10 @@ def _reads_values(node: oir.Node) -> bool:
 
 
 def _check_equal(first: oir.Model, wide: oir.Model, parts: _Parts) -> None:
-    for ours, theirs in parts.constants.items():
-        if not np.array_equal(get_array(first.graph.initializers[ours]), get_array(wide.graph.initializers[theirs])):
-            raise ModelError(f"the heads read the channels of {ours!r} in orders that do not agree")
+    """Demand that the arrays of two bodies are the same, those that stand once for each network too."""
+    ours, theirs = first.graph.initializers, wide.graph.initializers
+    for name, other in parts.constants.items():
+        for made in (own for own in ours if own.partition("@")[0] == name):
+            stands = theirs.get(f"{other}{made.removeprefix(name)}")
+            if stands is None or not np.array_equal(get_array(ours[made]), get_array(stands)):
+                raise ModelError(f"the heads read the channels of {name!r} in orders that do not agree")
