@@ -15,7 +15,7 @@ from onnxmerge.calibration.gates import HardConcrete, growing_weight
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import Objective
 from onnxmerge.calibration.settings import Checkpoint, Settings
-from onnxmerge.calibration.streams import Stream
+from onnxmerge.calibration.streams import Batches, Stream
 from onnxmerge.data import Split
 from onnxmerge.passes.gate_places import GatedSpace, GatedValue, GatePlaces
 from onnxmerge.passes.insert_gates import InsertGates, gate_input
@@ -30,12 +30,15 @@ class Source:
         teacher: a network whose inputs are called like the arrays of the data.
         calibration: samples to train with.
         held_out: samples to choose the best weights with.
+        outputs: what the network that is trained calls each of the teacher's outputs; None: they pair in order, and
+            all sources have them in common.
     """
 
     name: str
     teacher: onnx_ir.Model
     calibration: Split
     held_out: Split
+    outputs: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def learn_gates(
         ModelError, UsageError: see `onnxmerge.calibration.objective.Objective`.
     """
     with threads(settings.threads):
-        module = GatedModule(widened, places, settings.seed, settings.batch)
+        module = GatedModule(widened, places, settings.seed, settings.batch * _together(sources))
         objectives = _objectives(widened, sources, settings)
         outcome = solve(_Gating(module, objectives, sources, settings), settings, progress, checkpoint)
     module.write_back(widened)
@@ -107,8 +110,8 @@ def fine_tune(
 class GatedModule(GraphModule):
     """A network with gates (see `InsertGates`): drawn for each sample in training, else settled.
 
-    In evaluation the gates of channels that would not be kept are closed. Where processes share a batch of `batch`
-    samples, all draw gates for the whole of it, and each takes those of its part.
+    In evaluation the gates of channels that would not be kept are closed. Where processes share what goes through it
+    at once, `batch` samples, all draw gates for the whole of it, and each takes those of its part.
     """
 
     def __init__(self, widened: onnx_ir.Model, places: GatePlaces, seed: int, batch: int = 1):
@@ -142,6 +145,30 @@ class GatedModule(GraphModule):
         return self._places.closed(self._places.kept(self.gates.log_alpha.detach().numpy()))
 
 
+class AllTogether(Stream):
+    """Tasks whose batches, each of its own samples, are one large batch of the network.
+
+    So batch norms see the samples of all tasks in training as they do afterwards, and not one task's at a time.
+    """
+
+    def run(self, merged: GraphModule, batches: Batches, *, taps: bool = True) -> dict[str, Tensor]:
+        """See `Stream.run`; of each task's outputs the rows that are its own samples. Nothing is tapped."""
+        fed: dict[int, dict[str, Tensor]] = {}
+        for own in self.objectives:  # tasks of one source have the very same batch
+            fed.setdefault(id(batches[own.task]), own.feed(batches[own.task]))
+        rows: dict[int, slice] = {}
+        start = 0
+        for key, feed in fed.items():
+            rows[key] = slice(start, start := start + len(next(iter(feed.values()))))
+        joined = {name: torch.cat([feed[name] for feed in fed.values()]) for name in next(iter(fed.values()))}
+        values = merged(joined, [name for own in self.objectives for name in own.outputs])
+        return {name: values[name][rows[id(batches[o.task])]] for o in self.objectives for name in o.outputs}
+
+    def bytes_of_one(self, merged: GraphModule, splits: Mapping[str, Split]) -> int:
+        """See `Stream.bytes_of_one`."""
+        return super().bytes_of_one(merged, splits) * len({id(splits[own.task]) for own in self.objectives})
+
+
 class _FineTuning(Distillation):
     """The problem (`engine.Problem`) of doing what labels or teachers say; no zeros have to stay."""
 
@@ -150,7 +177,9 @@ class _FineTuning(Distillation):
     ):
         data = {source.name: source.calibration for source in sources}
         held_out = {source.name: source.held_out for source in sources}
-        super().__init__(module, [Stream((objective,)) for objective in objectives], data, held_out, settings)
+        apart = all(source.outputs is not None for source in sources)
+        streams = [AllTogether(tuple(objectives))] if apart else [Stream((own,)) for own in objectives]
+        super().__init__(module, streams, data, held_out, settings)
 
     def settle(self, step: int) -> None:
         """Nothing has to hold."""
@@ -198,10 +227,16 @@ def _objectives(student: onnx_ir.Model, sources: Sequence[Source], settings: Set
     for source in sources:
         names = [value.name or "" for value in source.teacher.graph.inputs]
         theirs = [value.name or "" for value in source.teacher.graph.outputs]
-        pairs = dict(zip(outputs, theirs, strict=True))
+        pairs = source.outputs or dict(zip(outputs, theirs, strict=True))
         fed = dict(zip(own, names, strict=True))
         objectives.append(Objective(source.name, student, source.teacher, pairs, fed, (), settings, 1 / len(sources)))
     return objectives
+
+
+def _together(sources: Sequence[Source]) -> int:
+    """How many batches go through the network at once."""
+    apart = all(source.outputs is not None for source in sources)
+    return len({id(source.calibration) for source in sources}) if apart else 1
 
 
 def _spread(gates: Tensor, value: GatedValue) -> Tensor:

@@ -22,9 +22,10 @@ from onnxmerge.ir.labels import dims, rank
 from onnxmerge.ir.rules.registry import integer, required
 from onnxmerge.ir.space import Slots, Space
 from onnxmerge.ir.spaces import find_spaces
+from onnxmerge.passes.beside_alone import original_title
 from onnxmerge.passes.prune import Prune
 from onnxmerge.passes.resize import sizes_of
-from onnxmerge.passes.roles import read_axis, title, why_not_alone
+from onnxmerge.passes.roles import read_axis, why_not_alone
 
 OPEN = -1
 """The gate of a position that has none."""
@@ -129,23 +130,26 @@ def channel_axis(node: oir.Node) -> int:
 
 def _why_whole(model: oir.Model, space: Space, wanted: int) -> str | None:
     """Why a space cannot be gated, or None."""
-    if space.size != wanted:
-        return "its channels lie in the groups of a convolution"
     carried = {slots.name: slots for slots in space.values}
-    is_read = False
+    is_read, grouped = False, False
     for node in model.graph:
+        grouped |= integer(node, "group", 1) > 1 and any(value.name in carried for value in node.outputs)
         for index, value in enumerate(node.inputs):
             slots = carried.get(value.name or "") if value is not None else None
             if slots is None:
                 continue
+            grouped |= integer(node, "group", 1) > 1
             if reads(node, index):
                 if slots.axes != (channel_axis(node),) or slots.axes == (0,):
-                    return f"{title(node)}: its channels lie on several axes of what it reads"
+                    return f"{original_title(node)}: its channels lie on several axes of what it reads"
                 is_read = True
                 continue
             reason = why_not_alone(node, index, slots.axes)
             if reason is not None:
-                return f"{title(node)}: {reason}"
+                return f"{original_title(node)}: {reason}"
+    if space.size != wanted:
+        alone = "what works on each network, or each head, alone reads or makes its channels"
+        return "its channels lie in the groups of a convolution" if grouped else alone
     return None if is_read else "no layer reads it"
 
 

@@ -39,7 +39,7 @@ def gate_feeds(places: GatePlaces, gates: Array) -> dict[str, Array]:
     return feeds
 
 
-def with_gates(own: Wide, gates: Array, batch: int = 3) -> dict[str, Array]:
-    """What onnxruntime makes of the widened network with these gates."""
+def with_gates(own: Wide, gates: Array, batch: int = 3, feeds: dict[str, Array] | None = None) -> dict[str, Array]:
+    """What onnxruntime makes of the widened network with these gates, of `feeds` or of random samples."""
     gated = InsertGates(own.places)(own.model).model
-    return execute(gated, feeds_for(own.model, batch=batch) | gate_feeds(own.places, gates))
+    return execute(gated, (feeds or feeds_for(own.model, batch=batch)) | gate_feeds(own.places, gates))

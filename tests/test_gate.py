@@ -218,6 +218,23 @@ def test_a_bound_that_is_not_kept_ends_with_1(folder):
     assert not (path / "out" / "merged.onnx").exists()
 
 
+def test_the_command_takes_the_optimiser_its_rate_and_the_batch(folder):
+    path = folder()
+    given = ["--optimiser", "sgd", "--rate", 0.003, "--batch", 16, "--gate-steps", 2, "--steps", 2, "--threads", 1]
+    done = command(path / "a.onnx", path / "b.onnx", "--data", path / "data.npz", "-o", path / "out", *given)
+    assert done.exit_code == 0, done.output
+    recipe = json.loads((path / "out" / "report.json").read_text())["recipe"]["settings"]
+    assert (recipe["optimiser"], recipe["rate"], recipe["batch"]) == ("sgd", 0.003, 16)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--optimiser", "adam"), ("--rate", 0), ("--batch", 0)])
+def test_the_command_refuses_a_training_that_cannot_be(option, value, folder):
+    path = folder()
+    done = command(path / "a.onnx", path / "b.onnx", "--dry-run", option, value)
+    assert done.exit_code == 2 and option.strip("-") in done.output
+    assert "Traceback" not in done.output
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -261,18 +278,18 @@ def test_no_data(folder):
     assert not (path / "out").exists()
 
 
-def test_networks_that_cannot_be_put_side_by_side_are_refused_with_the_reason(tmp_path):
+def test_networks_all_of_whose_channels_are_kept_whole_are_refused_with_the_reason(tmp_path):
     def tokens(seed):
         net = Net(seed)
         x = net.matmul(net.input(["N", 5, 6]), 8)
-        x = net.op("LayerNormalization", x, net.uniform(8), net.normal(8))
+        x = net.op("LayerNormalization", x, net.uniform(8), net.normal(8), channels=8)
         net.output(net.matmul(net.relu(x), 4))
         return net.proto()
 
     for number, name in enumerate("ab"):
         onnx.save(tokens(number), tmp_path / f"{name}.onnx")
     np.savez(tmp_path / "data.npz", x=np.zeros((20, 5, 6), np.float32))
-    with pytest.raises(ModelError, match=r"LayerNormalization .*normalises over channels"):
+    with pytest.raises(ModelError, match=r"no channels can be chosen.*LayerNormalization .*normalises over channels"):
         gate(tmp_path)
 
 
@@ -314,7 +331,7 @@ def test_channels_that_are_kept_whole_are_noted(tmp_path):
     x = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=x)
     result = gate(tmp_path, gate_steps=2, steps=2)
-    assert sum("are all kept: its channels lie in the groups" in note for note in result.notes) == 8
+    assert sum("are all kept: its channels lie in the groups" in note for note in result.notes) == 1
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert [space["reason"] is None for space in plan["spaces"]].count(True) == 1
 

@@ -10,6 +10,7 @@ from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.processes import one_of_many
 from onnxmerge.cli.running import run_and_show
 from onnxmerge.errors import GateFailed, UsageError
+from onnxmerge.methods.gate.settings import GateSettings
 
 if TYPE_CHECKING:
     from onnxmerge.methods.gate.plan import GatePlan
@@ -32,6 +33,15 @@ def gate(
             show_default=False,
         ),
     ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            "--heads",
+            metavar="mean|apart",
+            help="One mean output of networks of one task, or each network's own; default: apart where outputs differ.",
+            show_default=False,
+        ),
+    ] = None,
     layerwise: Annotated[
         bool,
         typer.Option(
@@ -40,8 +50,10 @@ def gate(
     ] = False,
     gate_steps: Annotated[
         int, typer.Option("--gate-steps", min=1, help="Steps in which gates learn which channels to keep.")
-    ] = 1000,
-    steps: Annotated[int, typer.Option("--steps", min=0, help="Steps of fine-tuning afterwards; 0: none.")] = 1000,
+    ] = GateSettings.gate_steps,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Steps of fine-tuning afterwards; 0: none.")] = (
+        GateSettings.steps
+    ),
     labels: Annotated[
         bool | None,
         typer.Option(
@@ -58,7 +70,19 @@ def gate(
             min=0.0,
             help="Of classifiers with labels: fine-tune towards the networks' mean too, W times as much as to labels.",
         ),
-    ] = 2.0,
+    ] = GateSettings.mean_weight,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of each data set in a step.")] = (
+        GateSettings.batch
+    ),
+    rate: Annotated[
+        float, typer.Option("--rate", help="Highest learning rate; of adamw as a share of each array's size.")
+    ] = GateSettings.rate,
+    optimiser: Annotated[
+        str,
+        typer.Option(
+            "--optimiser", metavar="adamw|sgd", help="adamw with one cycle in each training, or sgd at a constant rate."
+        ),
+    ] = GateSettings.optimiser,
     max_drop: Annotated[
         float | None,
         typer.Option("--max-drop", min=0.0, help="Largest loss against any original.", show_default=False),
@@ -80,16 +104,19 @@ def gate(
     """
     from onnxmerge.data import parse_data_option
     from onnxmerge.methods.gate.gate import gate_models, plan_gate
-    from onnxmerge.methods.gate.settings import GateSettings
     from onnxmerge.methods.task import task_names
 
     settings = GateSettings(
         width=width,
+        heads=heads,  # type: ignore[arg-type]  # refused there if it is none
         layerwise=layerwise,
         gate_steps=gate_steps,
         steps=steps,
         labels=labels,
         mean_weight=mean_weight,
+        batch=batch,
+        rate=rate,
+        optimiser=optimiser,  # type: ignore[arg-type]  # refused there if it is none
         max_drop=max_drop,
         seed=seed,
         threads=threads,

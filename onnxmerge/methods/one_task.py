@@ -1,7 +1,7 @@
-"""Candidates that stand for several networks of one task: how they are scored, measured and kept."""
+"""Candidates that stand for several networks of one architecture: how they are scored, measured and kept."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ class OneTask:
     """The candidates of one run so far, and what they are compared by.
 
     Args:
-        tasks: the originals; candidates have the outputs of the first.
+        tasks: the originals.
         weights: of each original in the ensemble.
         temporary: a folder for temporary files.
         shelf: where candidates are kept.
         settings: of the method.
         progress: told of stages.
+        outputs: what candidates call each task's outputs, in order. None: the networks have one task, candidates have
+            the outputs of the first and are held against the ensemble too.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class OneTask:
         shelf: Shelf,
         settings: FuseSettings | GateSettings,
         progress: Progress,
+        outputs: Mapping[str, Sequence[str]] | None = None,
     ):
         self.tasks, self._weights, self._temporary = tasks, weights, temporary
+        self._outputs = outputs
         self.shelf, self._progress = shelf, progress
         self._threads = settings.threads
         self._bench = Bench(tasks, tasks[0].inputs, self._threads, settings.providers) if settings.measure else None
@@ -59,12 +63,14 @@ class OneTask:
     @cached_property
     def judge(self) -> Judge:
         """Holds candidates against each original."""
-        outputs = {task.name: self.tasks[0].outputs for task in self.tasks}
+        outputs = self._outputs or {task.name: self.tasks[0].outputs for task in self.tasks}
         return Judge(self.tasks, self._temporary, self._threads, outputs=outputs)
 
     @cached_property
     def originals(self) -> dict[str, TaskScore]:
-        """Each original against the ensemble."""
+        """Each original against the ensemble; none where each has a task of its own."""
+        if self._outputs is not None:
+            return {}
         return {task.name: self.ensemble.score(task.model) for task in self.tasks}
 
     def model(self, name: str) -> oir.Model:
@@ -110,7 +116,7 @@ class OneTask:
             parameters=parameter_count(model),
             bytes=stored_bytes(path),
             tasks=self.judge.score(model),
-            ensemble=self.ensemble.score(model),
+            ensemble=None if self._outputs is not None else self.ensemble.score(model),
             steps=steps,
             seconds=time.perf_counter() - begun,
             start=start,
@@ -138,7 +144,7 @@ class OneTask:
         return max(self.candidates, key=nearness)
 
     def chosen(self, max_drop: float | None) -> Candidate | None:
-        """What was trained longest of those that lose at most `max_drop`, and of these what is nearest the ensemble."""
+        """What was trained longest of those that lose at most `max_drop`, and of these the one nearest."""
         within = [c for c in self.candidates if max_drop is None or c.worst_drop is None or c.worst_drop <= max_drop]
         return max(within, key=lambda c: (c.steps, nearness(c)), default=None)
 
@@ -149,6 +155,5 @@ class OneTask:
 
 
 def nearness(candidate: Candidate) -> float:
-    """How near a candidate is to the ensemble."""
-    assert candidate.ensemble is not None
-    return candidate.ensemble.closeness
+    """How near a candidate is to the ensemble, or where there is none to the original it fares worst against."""
+    return -(candidate.worst_drop or 0.0) if candidate.ensemble is None else candidate.ensemble.closeness

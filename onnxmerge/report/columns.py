@@ -58,7 +58,7 @@ def columns(result: Result) -> list[Column]:
         else:
             found.extend(column for task in task_names(result) for column in _task(result, task))
     else:
-        found = [*_stem(result), *_size(result)]
+        found = [*([] if result.method == "gate" else _stem(result)), *_size(result)]
         for task in task_names(result):
             found.extend(_task(result, task))
     found.extend([*_latency(result), *_memory(result), *_calibration(result)])

@@ -37,6 +37,7 @@ def plots(result: Result) -> list[Plot]:
         drawn = [quality_of_all(result), *layer_links(result), calibration(result), gates(result)]
         return [plot for plot in drawn if plot is not None]
     drawn = [quality_by_share(result), trade_off(result), similarity(result), calibration(result), heat_map(result)]
+    drawn.append(gates(result))
     return [plot for plot in drawn if plot is not None]
 
 
@@ -244,7 +245,8 @@ def _chosen_first(result: Result) -> list[Candidate]:
 
 def _shares(result: Result) -> bool:
     """Whether k tells the candidates apart."""
-    return not is_fused(result) and len({candidate.share for candidate in result.candidates}) == len(result.candidates)
+    by_share = not is_fused(result) and result.method != "gate"
+    return by_share and len({candidate.share for candidate in result.candidates}) == len(result.candidates)
 
 
 def _mark(candidate: Candidate, result: Result) -> str:

@@ -24,7 +24,8 @@ def original_bytes(result: Result) -> int | None:
 
 def is_fused(result: Result) -> bool:
     """Whether the originals have one task, so that their ensemble is what candidates are compared with."""
-    return result.method in ("fuse", "gate")
+    kept_apart = any(candidate.ensemble is None for candidate in result.candidates)
+    return result.method == "fuse" or (result.method == "gate" and not kept_apart)
 
 
 def best_original(result: Result) -> tuple[str, float] | None:
@@ -118,6 +119,8 @@ def _nothing_chosen(result: Result) -> str:
 
 def _sharing(chosen: Candidate, result: Result) -> str:
     name = one_line(chosen.name)
+    if result.method == "gate":
+        return f"{name} was chosen, {_why(chosen, result)}"
     if not result.units and not chosen.branches:
         return f"{name} was chosen"
     branches = [f"{units} units between {one_line(group)}" for group, units in chosen.branches.items()]

@@ -27,7 +27,7 @@ from onnxmerge.methods.gate.settings import GateSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.recipe import recipe_of
-from onnxmerge.methods.task import Network, Task, load_networks, with_data
+from onnxmerge.methods.task import Network, Task, load_networks, task_outputs, with_data
 from onnxmerge.passes.fold_gates import FoldGates
 from onnxmerge.passes.prune import Prune
 from onnxmerge.report.provenance import hardware, library_versions
@@ -75,7 +75,7 @@ def gate_models(
     plan, planned = _plan(networks, settings)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
-    labels = _use_labels(tasks, settings)
+    labels = _use_labels(tasks, settings, plan)
     folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = recipe_of("gate", tasks, asdict(settings))
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
@@ -109,19 +109,33 @@ def _plan(networks: Sequence[Network], settings: GateSettings) -> tuple[GatePlan
     return planned.plan, planned
 
 
-def _use_labels(tasks: Sequence[Task], settings: GateSettings) -> bool:
+def _use_labels(tasks: Sequence[Task], settings: GateSettings, plan: GatePlan) -> bool:
     """Whether labels teach.
 
     Raises:
-        UsageError: they are asked for and missing.
+        UsageError: they are asked for and missing, or it is not known whose they are.
     """
     missing = [task for task in tasks if not (task.data.calibration.has_labels and task.data.held_out.has_labels)]
+    shared = plan.apart and len({id(task.data) for task in tasks}) < len(tasks)
     if settings.labels and missing:
         raise UsageError(
             f"{missing[0].data.source}: has no labels for the task {missing[0].name!r}, both to learn from and held "
-            "out; with --no-labels the networks' mean prediction teaches"
+            f"out; with --no-labels {plan.teacher} teaches"
         )
-    return not missing if settings.labels is None else settings.labels
+    if settings.labels and shared:
+        raise UsageError(
+            "--labels: networks with heads of their own would learn from one source's labels; give each network its "
+            "own data (--data TASK=D), or --no-labels"
+        )
+    return not missing and not shared if settings.labels is None else settings.labels
+
+
+def _kept_whole(plan: GatePlan) -> list[str]:
+    """A note for each reason why channels are all kept."""
+    spaces: dict[str, list[str]] = {}
+    for space in plan.whole:
+        spaces.setdefault(space.reason or "", []).append(space.name)
+    return [f"The channels of {', '.join(names)} are all kept: {reason}." for reason, names in spaces.items()]
 
 
 class _Run:
@@ -142,11 +156,11 @@ class _Run:
         self._plan, self.planned, self.tasks = plan, planned, tasks
         self.settings, self.labels = settings, labels
         self.recipe, self.progress = recipe, progress
-        self.made = OneTask(tasks, [1.0] * len(tasks), temporary, shelf, settings, progress)
-        self.made.notes += [f"The channels of {space.name} are all kept: {space.reason}." for space in plan.whole]
-        self.made.notes.append(
-            "Labels taught." if labels else "The networks' mean prediction taught: no labels were used."
-        )
+        outputs = task_outputs(tasks) if plan.apart else None
+        self.made = OneTask(tasks, [1.0] * len(tasks), temporary, shelf, settings, progress, outputs)
+        self.made.notes += _kept_whole(plan)
+        taught = f"{plan.teacher[0].upper()}{plan.teacher[1:]} taught: no labels were used."
+        self.made.notes.append("Labels taught." if labels else taught)
 
     def make_candidates(self) -> bool:
         """Make every candidate; whether an interrupt stopped it."""
@@ -208,17 +222,29 @@ class _Run:
         self.made.add("student", student, start="pruned", steps=self.settings.steps, losses=outcome.losses, begun=begun)
 
     def _sources(self) -> list["Source"]:
-        """The samples: each set once, taught by the networks' mean; layer by layer by each network itself."""
+        """The samples of each network, taught by itself; where all have one task, each set once, taught by their mean.
+
+        Layer by layer there is no network whose output is the mean: then each teaches the same outputs.
+        """
         from onnxmerge.calibration.gating import Source
 
-        teachers = self.tasks
-        if self.planned is not None:
+        teachers, names = self.tasks, task_outputs(self.tasks)
+        if self.planned is not None and not self._plan.apart:
             teachers = list({id(task.data): task for task in self.tasks}.values())
-        return [Source(task.name, self._teacher(task), task.data.calibration, task.data.held_out) for task in teachers]
+        return [
+            Source(
+                task.name,
+                self._teacher(task),
+                task.data.calibration,
+                task.data.held_out,
+                dict(zip(names[task.name], task.outputs, strict=True)) if self._plan.apart else None,
+            )
+            for task in teachers
+        ]
 
     def _teacher(self, task: Task) -> oir.Model:
-        """The networks' mean with its inputs called as the task's data are; the network itself where there is none."""
-        if self.planned is None:
+        """The networks' mean with its inputs called as the task's data are; else the network itself."""
+        if self.planned is None or self._plan.apart:
             return task.model
         teacher = self.planned.widened.clone()
         for value, name in zip(teacher.graph.inputs, task.inputs, strict=True):

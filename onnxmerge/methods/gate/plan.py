@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as oir
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,7 +11,8 @@ from onnxmerge.errors import ModelError
 from onnxmerge.methods.gate.settings import GateSettings
 from onnxmerge.methods.task import Network
 from onnxmerge.passes.gate_places import GatePlaces, find_gate_places
-from onnxmerge.passes.widen import Widen
+from onnxmerge.passes.widen import Widen, same_architecture
+from onnxmerge.passes.widen_body import WidenBody, same_bodies
 
 
 class PlannedSpace(BaseModel):
@@ -36,9 +38,21 @@ class GatePlan(BaseModel):
     schema_version: int = Field(default=1, alias="schema")
     method: str = "gate"
     networks: list[str]
+    heads: Literal["mean", "apart"] = "mean"
+    """"mean": the networks have one task; "apart": each keeps its outputs."""
     width: float
     """Share of the channels of all networks together that stay in a space that is gated."""
     spaces: list[PlannedSpace]
+
+    @property
+    def apart(self) -> bool:
+        """Whether each network keeps its outputs."""
+        return self.heads == "apart"
+
+    @property
+    def teacher(self) -> str:
+        """Who teaches where labels do not."""
+        return "each network itself" if self.apart else "the networks' mean prediction"
 
     @property
     def whole(self) -> list[PlannedSpace]:
@@ -66,7 +80,8 @@ def make_gate_plan(networks: Sequence[Network], settings: GateSettings) -> Plann
         ModelError: the networks are of different architectures, cannot be put side by side, or nothing can be gated.
     """
     first, *others = networks
-    widened = _widened(first, others)
+    apart = settings.heads == "apart" or (settings.heads is None and _only_heads_differ(first, others))
+    widened = _widened(first, others, apart=apart)
     width = settings.width or 1 / len(networks)
     places = find_gate_places(widened, first.model, len(networks), width)
     gated = [PlannedSpace(name=own.space.name, channels=own.space.size, keep=own.keep) for own in places.spaces]
@@ -79,12 +94,22 @@ def make_gate_plan(networks: Sequence[Network], settings: GateSettings) -> Plann
         raise ModelError(f"{first.path}: no channels can be chosen ({reasons})")
     order = {name: number for number, name in enumerate(places.all_spaces)}
     spaces = sorted([*gated, *whole], key=lambda space: order[space.name])
-    plan = GatePlan(networks=[network.name for network in networks], width=width, spaces=spaces)
+    names = [network.name for network in networks]
+    plan = GatePlan(networks=names, heads="apart" if apart else "mean", width=width, spaces=spaces)
     return Planned(plan, widened, places)
 
 
-def _widened(first: Network, others: Sequence[Network]) -> oir.Model:
+def _only_heads_differ(first: Network, others: Sequence[Network]) -> bool:
+    """Whether the networks are of one architecture up to their heads, and some heads are not alike."""
+    if all(same_architecture(first.model, other.model) for other in others):
+        return False
+    return all(same_bodies(first.model, other.model) for other in others)
+
+
+def _widened(first: Network, others: Sequence[Network], *, apart: bool) -> oir.Model:
     try:
+        if apart:
+            return WidenBody({other.name: other.model for other in others}, first.name)(first.model).model
         return Widen([other.model for other in others])(first.model).model
     except ModelError as error:
         raise ModelError(_explained(first, others, error)) from error
@@ -96,7 +121,8 @@ def _explained(first: Network, others: Sequence[Network], error: ModelError) -> 
     for number, other in enumerate(others, start=2):
         start = f"network {number} is not of the same architecture as the first: "
         if text.startswith(start):
-            return other_architecture(first, other, text.removeprefix(start))
+            kept = "; --heads apart keeps the outputs of each" if same_bodies(first.model, other.model) else ""
+            return other_architecture(first, other, text.removeprefix(start)) + kept
     return f"{first.path}: cannot be put beside another network of its kind: {text}"
 
 
@@ -104,5 +130,5 @@ def other_architecture(first: Network, other: Network, reason: str) -> str:
     """What is said of a network that is not like the first."""
     return (
         f"{other.path}: is not of the same architecture as {first.path}: {reason}; "
-        "fuse merges networks of one task whose architectures differ"
+        "fuse merges networks of one task whose architectures differ, zip networks of different tasks"
     )
