@@ -191,7 +191,7 @@ class _Gating(_FineTuning):
     def __init__(
         self, module: GatedModule, objectives: Sequence[Objective], sources: Sequence[Source], settings: Settings
     ):
-        self._gated, self._steps = module, settings.steps
+        self._gated, self._steps, self._half = module, settings.steps, 0.0
         super().__init__(module, objectives, sources, settings)
 
     @property
@@ -203,7 +203,14 @@ class _Gating(_FineTuning):
         """A batch of every source, and the half loss."""
         self._gated.train()
         yield from super().losses()
-        yield self._weight * self._gated.half_loss()
+        half = self._weight * self._gated.half_loss()
+        self._half = half.item()
+        yield half
+
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """The losses by task and name, and the half loss as it weighs now."""
+        return {**super().terms, "half": self._half}
 
     def skip(self, rounds: int) -> None:
         """Start behind so many steps."""

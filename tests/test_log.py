@@ -150,15 +150,24 @@ def test_a_run_that_goes_on_goes_on_in_its_log(work: Path, tmp_path: Path, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "trainings"), [("zip", {"k01-calibrate", "k02-calibrate"}), ("fuse", {"calibrate"})]
+    ("method", "more", "trainings"),
+    [
+        ("zip", ["--samples", 50], {"k01-calibrate", "k02-calibrate"}),
+        ("fuse", ["--samples", 50], {"calibrate"}),
+        ("gate", ["--gate-steps", 6], {"learn-the-gates", "fine-tune"}),
+    ],
 )
-def test_zip_and_fuse_log_each_training(method: str, trainings: set[str], work: Path, tmp_path: Path) -> None:
+def test_every_method_logs_each_training(
+    method: str, more: list[object], trainings: set[str], work: Path, tmp_path: Path
+) -> None:
     models = [work / f"{task}.onnx" for task in TASKS]
-    more = ["--steps", 6, "--samples", 50, "--threads", 1, "-o", tmp_path / "out", "--tensorboard", tmp_path / "log"]
+    more = [*more, "--steps", 6, "--threads", 1, "-o", tmp_path / "out", "--tensorboard", tmp_path / "log"]
     assert onnxmerge(method, *models, "--data", work / "samples.npz", *more)[0] in (0, 1)
     assert {folder.name for folder in (tmp_path / "log").iterdir()} == trainings
     for name in trainings:
-        assert sorted(read(tmp_path / "log" / name)["loss/all"]) == list(range(1, 7))
+        told = read(tmp_path / "log" / name)
+        assert sorted(told["loss/all"]) == list(range(1, 7))
+        assert ("loss/half" in told) == (name == "learn-the-gates")
 
 
 @pytest.mark.slow

@@ -91,6 +91,7 @@ def gate(
     threads: options.Threads = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
+    tensorboard: options.TensorBoard = None,
     dry_run: options.DryRun = False,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -135,6 +136,7 @@ def gate(
         quiet=quiet,
         as_json=as_json,
         report=report,
+        log=tensorboard,
     )
     if result.chosen is None:
         raise GateFailed(f"no candidate stays within --max-drop {max_drop:g}; see {output / 'report.html'}")
