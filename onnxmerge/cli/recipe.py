@@ -15,6 +15,7 @@
 A step is a command of the command line; its keys are the command's arguments and options by their long names.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ class Told(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """See `click.Command.invoke`."""
         result = super().invoke(ctx)
-        if ctx.parent is not None and not ctx.params.get("quiet"):  # a step of a recipe has no parent
+        # a step of a recipe has no parent; of several processes the first tells
+        if ctx.parent is not None and not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
             tell(self, ctx, sys.stderr)
         return result
 
