@@ -29,9 +29,10 @@ def with_widths(
     copies = max(-(-width // sizes[name]) for name, width in widths.items()) - 1
     widened: oir.Model = Widen([copy] * copies, [weights[0]] + [weights[1]] * copies)(model).model if copies else model
     wide = {space.name: space for space in find_spaces(widened).spaces}
-    missing = sorted(set(widths) - set(wide))
-    if missing:
-        raise ModelError(f"the channel space {missing[0]!r} cannot get another width")
+    missing = set(widths) - set(wide)
+    apart = {name for name, size in sizes.items() if name in wide and wide[name].size != size * (copies + 1)}
+    if missing | apart:
+        raise ModelError(f"the channel space {min(missing | apart)!r} cannot get another width")
     keep = {name: np.arange(widths.get(name, size)) for name, size in sizes.items() if name in wide}
     pruned: oir.Model = Prune(keep, wide)(widened).model
     return pruned
