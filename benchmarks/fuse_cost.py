@@ -309,7 +309,8 @@ def draw(
     left.set(xscale="log", yscale="log", xlabel="width", ylabel="CPU seconds", title="two perceptrons")
     left.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
     left.minorticks_off()
-    left.legend(frameon=False, fontsize=7)
+    left.set_ylim(top=2e5)  # room for the legend
+    left.legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
     middle.plot(*zip(*samples, strict=True), marker="o", markersize=3)
     middle.set(xlabel="samples", title="two ResNet-8s", xlim=(0, None), ylim=(0, None))
     right.plot(*zip(*networks, strict=True), marker="o", markersize=3)
