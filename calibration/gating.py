@@ -177,8 +177,8 @@ class _FineTuning(Distillation):
     ):
         data = {source.name: source.calibration for source in sources}
         held_out = {source.name: source.held_out for source in sources}
-        apart = all(source.outputs is not None for source in sources)
-        streams = [AllTogether(tuple(objectives))] if apart else [Stream((own,)) for own in objectives]
+        together = AllTogether(tuple(objectives))
+        streams = [together] if _are_apart(sources) else [Stream((own,)) for own in objectives]
         super().__init__(module, streams, data, held_out, settings)
 
     def settle(self, step: int) -> None:
@@ -242,8 +242,12 @@ def _objectives(student: onnx_ir.Model, sources: Sequence[Source], settings: Set
 
 def _together(sources: Sequence[Source]) -> int:
     """How many batches go through the network at once."""
-    apart = all(source.outputs is not None for source in sources)
-    return len({id(source.calibration) for source in sources}) if apart else 1
+    return len({id(source.calibration) for source in sources}) if _are_apart(sources) else 1
+
+
+def _are_apart(sources: Sequence[Source]) -> bool:
+    """Whether each source has outputs of its own."""
+    return all(source.outputs is not None for source in sources)
 
 
 def _spread(gates: Tensor, value: GatedValue) -> Tensor:

@@ -82,16 +82,8 @@ class Training:
         Raises:
             UsageError: a number is out of its range, or a choice is none.
         """
-        least = {
-            "steps": 0,
-            "batch": 1,
-            "evaluations": 1,
-            "accumulate": 1,
-            "patience": 1,
-            "threads": 1,
-            "cache_bytes": 0,
-        }
-        for name, bound in (least | {"weight_decay": 0, "cache_bytes": 0}).items():
+        counts = {"steps": 0, "batch": 1, "evaluations": 1, "accumulate": 1, "patience": 1, "threads": 1}
+        for name, bound in (counts | {"weight_decay": 0, "cache_bytes": 0}).items():
             value = getattr(self, name)
             self._check(name, value is None or bound <= value < math.inf, f"at least {bound}")
         for name in ("rate", "gamma", "clip"):

@@ -1,11 +1,28 @@
-"""Write files whole or not at all."""
+"""Read YAML that holds data alone; write files whole or not at all."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from onnxmerge.errors import UsageError
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file without tags holds.
+
+    Raises:
+        UsageError: it cannot be read, or is no YAML.
+    """
+    import yaml  # only what reads YAML loads it
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

@@ -7,9 +7,11 @@ import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import onnxmerge.calibration.engine as engine
 from onnxmerge.calibration.distillation import calibrate
 from onnxmerge.calibration.engine import Outcome
 from onnxmerge.calibration.module import GraphModule
@@ -152,3 +154,17 @@ def train(merged: onnx_ir.Model, *, one_split: bool = True, **given: Any) -> tup
     settings = Settings(**{"steps": 60, "rate": 1e-2, "threads": 1, "evaluations": 3} | given)
     held_out = dict(zip(TASKS, held, strict=True))
     return calibrate(merged, data=data, held_out=held_out, settings=settings, **options), samples
+
+
+def interrupted_at(patch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Let Ctrl-C come where training begins its `count`-th step, once; the steps that were begun, as they come."""
+    real, steps = engine._Loop.advance, list[int]()
+
+    def advance(self: engine._Loop, step: int) -> float:
+        steps.append(step)
+        if len(steps) == count:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    patch.setattr(engine._Loop, "advance", advance)
+    return steps

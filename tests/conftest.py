@@ -31,3 +31,14 @@ def shared():
         return file
 
     return path
+
+
+@pytest.fixture
+def one_thread():
+    """torch uses one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

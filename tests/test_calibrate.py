@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from calibrating import interrupted_at
 from test_cli import onnxmerge, tiny
 
 import onnxmerge as package
@@ -140,15 +141,7 @@ def test_several_teachers_of_one_task(work: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, real, steps = tmp_path / "out", engine._Loop.advance, []
-
-    def advance(self: engine._Loop, step: int) -> float:
-        steps.append(step)
-        if steps == [*range(1, 22)]:
-            raise KeyboardInterrupt
-        return real(self, step)
-
-    monkeypatch.setattr(engine._Loop, "advance", advance)
+    out, steps = tmp_path / "out", interrupted_at(monkeypatch, 21)
     code, _, stderr = calibrate(work, "-o", out)
     assert code == 130 and "--resume goes on" in stderr and [f.name for f in out.iterdir()] == ["merged.checkpoint"]
     assert calibrate(work, "-o", out)[0] == 2  # the folder is not empty

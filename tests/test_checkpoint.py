@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from calibrating import INPUTS, OUTPUTS, TASKS, TEACHERS, Memory, merge, weights
+from calibrating import INPUTS, OUTPUTS, TASKS, TEACHERS, Memory, interrupted_at, merge, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -186,17 +186,9 @@ def test_resume_goes_on_within_a_candidate(method: str, name: str, tmp_path: Pat
     if method == "zip":
         common += ["--share", "2"]
     assert onnxmerge(*common, "-o", tmp_path / "whole")[0] == 0
-    real, steps = engine._Loop.advance, []
-
-    def advance(self: engine._Loop, step: int) -> float:
-        steps.append(step)
-        if steps == [*range(1, 14)]:
-            raise KeyboardInterrupt
-        return real(self, step)
-
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._Loop, "advance", advance)
+        steps = interrupted_at(patch, 13)
         assert onnxmerge(*common, "-o", out)[0] == 130
         assert (out / f"{name}.checkpoint").is_file() and not (out / f"{name}.onnx").exists()
         assert onnxmerge(*common, "-o", out, "--resume")[0] == 0

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import onnx_ir as oir
 import pytest
-import torch
 from gating import Wide, with_gates
 from graphs import Array, Net, execute, relative_error
 from zoo.exporting import examples, export
@@ -24,18 +23,12 @@ from onnxmerge.passes.gate_places import find_gate_places
 from onnxmerge.passes.prune import Prune
 from onnxmerge.passes.widen import Widen
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN = {"vit_fused": 82, "vit_matmul": 82, "vit_torch": 82, "bert": 100, "mlp_mixer": 82, "gpt": 144, "swin": 46}
 """Architectures of the zoo and the hidden channels of the first dense pair that is gated."""
 SLOW = {"vit_torch", "gpt", "swin"}
 CASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in HIDDEN]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def other_weights(model: oir.Model, seed: int) -> oir.Model:

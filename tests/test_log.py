@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calibrating import merge
+from calibrating import interrupted_at, merge
 from calibrating import train as calibrate_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_calibrate import TASKS, calibrate, work
@@ -14,7 +14,6 @@ from test_cli import onnxmerge
 from test_distributed import arguments_for, torchrun
 from test_engine import Line
 
-import onnxmerge.calibration.engine as engine
 from onnxmerge.calibration.engine import Done, train
 from onnxmerge.calibration.log import Log
 from onnxmerge.calibration.objective import FeatureTap
@@ -125,15 +124,7 @@ def test_a_log_that_cannot_be_written_is_a_sentence(work: Path, tmp_path: Path) 
 
 
 def test_a_run_that_goes_on_goes_on_in_its_log(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, steps = engine._Loop.advance, []
-
-    def advance(self: engine._Loop, step: int) -> float:
-        steps.append(step)
-        if steps == [*range(1, 15)]:
-            raise KeyboardInterrupt
-        return real(self, step)
-
-    monkeypatch.setattr(engine._Loop, "advance", advance)
+    steps = interrupted_at(monkeypatch, 14)
     common = ["-o", tmp_path / "out", "--tensorboard", tmp_path / "log"]
     assert calibrate(work, *common)[0] == 130
     assert max(read(tmp_path / "log/calibrate")["loss/all"]) == 13

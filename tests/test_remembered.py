@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrating import Memory, merge, train, weights
+from calibrating import Memory, interrupted_at, merge, train, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_calibrate import calibrate, work
 from test_checkpoint import run
 from torch import Tensor
 
-import onnxmerge.calibration.engine as engine
 from onnxmerge.calibration.objective import FeatureTap, Objective
 from onnxmerge.calibration.remembered import Remembered
 from onnxmerge.calibration.settings import Checkpoint, Settings
@@ -101,16 +100,10 @@ def test_a_run_that_sees_no_sample_twice_remembers_none(monkeypatch: pytest.Monk
 
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped, resumed = merge(), merge(), merge()
-    path, real = tmp_path / "c", engine._Loop.advance
+    path = tmp_path / "c"
     expected = run(whole, None, cache_bytes=CACHE)
-
-    def advance(self: engine._Loop, step: int) -> float:
-        if step == 19:
-            raise KeyboardInterrupt
-        return real(self, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(engine._Loop, "advance", advance)
+        interrupted_at(patch, 19)
         run(stopped, Checkpoint(path), cache_bytes=CACHE)
     assert run(resumed, Checkpoint(path, resume=True), cache_bytes=CACHE) == expected
     assert weights(resumed) == weights(whole)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from zoo import ZOO
 from zoo.exporting import examples, export
 
@@ -30,19 +29,13 @@ def pairs(name: str) -> list[tuple[str, int]]:
     return [("legacy", 17), ("legacy", fixed), ("dynamo", 23)]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CASES = [
     pytest.param(name, exporter, opset, marks=[] if opset == 17 else pytest.mark.slow, id=f"{name}-{exporter}-{opset}")
     for name in ZOO
     for exporter, opset in pairs(name)
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("name", "exporter", "opset"), CASES)

@@ -20,11 +20,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from typer.core import TyperCommand
 
 from onnxmerge.errors import UsageError
+from onnxmerge.files import read_yaml
 
 _SHOWN = frozenset({"COMMANDLINE", "ENVIRONMENT"})
 """Where a parameter of a recipe came from: defaults are left out."""
@@ -52,14 +53,7 @@ def read_recipe(path: Path) -> list[Step]:
     Raises:
         UsageError: it cannot be read, or is no list of steps.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is no YAML that holds data alone: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or set(content) != {"steps"} or not isinstance(content["steps"], list):
         raise UsageError(f"{path}: a recipe has one key, steps, with a list of commands")
     return [_step(path, number, own) for number, own in enumerate(content["steps"], 1)]
@@ -116,21 +110,6 @@ def _texts(name: str, value: object) -> list[str]:
     return [str(value)]
 
 
-def recipe_of_call(command: str, parameters: Mapping[str, Any], given: Mapping[str, str]) -> str:
-    """A call of the command line as a recipe of one step.
-
-    Args:
-        command: its name.
-        parameters: the call's values by their names in Python.
-        given: for each of them the name it has in a recipe.
-    """
-    import yaml
-
-    values = {shown: _plain(parameters[name]) for name, shown in given.items()}
-    step = {"steps": [{command: values}]}
-    return yaml.safe_dump(step, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-
-
 def _plain(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_plain(own) for own in value]
@@ -145,19 +124,21 @@ class Told(TyperCommand):
         result = super().invoke(ctx)
         # a step of a recipe has no parent; of several processes the first tells
         if ctx.parent is not None and not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
-            tell(self, ctx, sys.stderr)
+            print(f"# recipe (onnxmerge run replays it):\n{_recipe_of(self, ctx)}", end="", file=sys.stderr)
         return result
 
 
-def tell(command: TyperCommand, context: Any, to: TextIO) -> None:
-    """Write the recipe of the call in `context` as comments, so that it stays apart from what else is told."""
-    given = {
-        parameter.name: _name(parameter)
+def _recipe_of(command: TyperCommand, context: Any) -> str:
+    """The call in `context` as a recipe of one step: what was given, and none of the defaults."""
+    import yaml
+
+    values = {
+        _name(parameter): _plain(context.params[parameter.name])
         for parameter in command.params
         if parameter.name not in _HOW and context.get_parameter_source(parameter.name).name in _SHOWN
     }
-    print("# recipe (onnxmerge run replays it):", file=to)
-    print(recipe_of_call(context.info_name, context.params, given), end="", file=to)
+    steps = {"steps": [{context.info_name: values}]}
+    return yaml.safe_dump(steps, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
 
 
 def _name(parameter: Any) -> str:

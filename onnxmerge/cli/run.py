@@ -78,7 +78,6 @@ def _line(recipe: Path, number: int, step: Step, commands: Mapping[str, TyperCom
 
 
 def _is_code(source: str) -> bool:
-    from onnxmerge.data.generated import PATTERN
+    from onnxmerge.data.generated import is_function
 
-    source = source if Path(source).exists() else source.rpartition("=")[2]
-    return PATTERN.fullmatch(source) is not None and not Path(source).exists()
+    return not Path(source).exists() and is_function(source.rpartition("=")[2])

@@ -21,7 +21,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from onnxmerge.data.archive import Archive
@@ -30,6 +29,7 @@ from onnxmerge.data.dataset import Dataset, InputSpec
 from onnxmerge.data.images import load_folder
 from onnxmerge.data.prepare import Layout, Preparation
 from onnxmerge.errors import UsageError
+from onnxmerge.files import read_yaml
 
 CARD_SUFFIXES = frozenset({".yaml", ".yml"})
 
@@ -104,12 +104,7 @@ def read_card(path: Path) -> Card:
     Raises:
         UsageError: it is no YAML, or a field is unknown, missing or of the wrong kind.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path}: is not a data card: it must name at least a file (file: data.npz)")
     try:

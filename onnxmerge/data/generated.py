@@ -5,6 +5,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from onnxmerge.data.prepare import Preparation
 from onnxmerge.errors import UsageError
 
 PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_function(source: str) -> bool:
+    """Whether `source` names a Python function; anything that exists is a path."""
+    return PATTERN.fullmatch(source) is not None and not Path(source).exists()
 
 
 class _Column:

@@ -1,5 +1,6 @@
 """Finished candidates on disk, so that an interrupted run is reported and can be resumed."""
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -77,9 +78,9 @@ class Shelf:
             "candidate": candidate.model_dump(mode="json"),
         }
         write_text(self._folder / f"{candidate.name}.json", json.dumps(record, indent=2) + "\n")
-        for pattern in (f"{candidate.name}.checkpoint", f"{candidate.name}.layer*.checkpoint"):
-            for checkpoint in self._folder.glob(pattern):
-                checkpoint.unlink()
+        self.checkpoint(candidate.name).path.unlink(missing_ok=True)
+        for checkpoint in self._folder.glob(f"{glob.escape(candidate.name)}.layer*.checkpoint"):
+            checkpoint.unlink()
 
     def choose(self, name: str | None) -> None:
         """Make candidate `name` the folder's merged.onnx; None: leave it without one."""

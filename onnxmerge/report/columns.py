@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from onnxmerge.report.figures import count, megabytes, percent, points, significant, times
 from onnxmerge.report.schema import Candidate, Result, TaskScore
-from onnxmerge.report.summary import best_original, ensemble_accuracy, is_fused, original_bytes, task_names
+from onnxmerge.report.summary import best_original, ensemble_accuracy, has_stem, is_fused, original_bytes, task_names
 
 Figure = TypeVar("Figure", int, float, str)
 QUALITY = ("held-out samples", "ensemble")
@@ -58,7 +58,7 @@ def columns(result: Result) -> list[Column]:
         else:
             found.extend(column for task in task_names(result) for column in _task(result, task))
     else:
-        found = [*([] if result.method == "gate" else _stem(result)), *_size(result)]
+        found = [*(_stem(result) if has_stem(result) else []), *_size(result)]
         for task in task_names(result):
             found.extend(_task(result, task))
     found.extend([*_latency(result), *_memory(result), *_calibration(result)])

@@ -18,6 +18,7 @@ from onnxmerge.report.schema import Candidate, Result, TaskScore
 from onnxmerge.report.summary import (
     best_original,
     chosen_candidate,
+    has_stem,
     headline,
     is_fused,
     original_bytes,
@@ -75,6 +76,7 @@ def render_page(result: Result) -> str:
         plots=[(plot.title, plot.caption, Markup(plot.svg), plot.narrow) for plot in plots(result)],
         data_uri=data_uri,
         fused=is_fused(result),
+        has_stem=has_stem(result),
         other_rows=other_rows,
         tables=_candidate_tables(columns(result)),
         recipe=_yaml(result.model_dump(mode="json")["recipe"]),

@@ -16,7 +16,7 @@ from onnxmerge.report.gate_plots import gates
 from onnxmerge.report.heat_map import heat_map
 from onnxmerge.report.labels import label_points
 from onnxmerge.report.schema import Candidate, Result, TaskScore
-from onnxmerge.report.summary import is_fused, original_bytes, task_names
+from onnxmerge.report.summary import has_stem, is_fused, original_bytes, task_names
 from onnxmerge.report.svg import BAND, INK, MUTED, SERIES, Plot, drawing, narrow_panel, panels, to_svg
 
 
@@ -245,8 +245,7 @@ def _chosen_first(result: Result) -> list[Candidate]:
 
 def _shares(result: Result) -> bool:
     """Whether k tells the candidates apart."""
-    by_share = not is_fused(result) and result.method != "gate"
-    return by_share and len({candidate.share for candidate in result.candidates}) == len(result.candidates)
+    return has_stem(result) and len({candidate.share for candidate in result.candidates}) == len(result.candidates)
 
 
 def _mark(candidate: Candidate, result: Result) -> str:

@@ -22,6 +22,11 @@ def original_bytes(result: Result) -> int | None:
     return sum(record.bytes for record in result.inputs) or None
 
 
+def has_stem(result: Result) -> bool:
+    """Whether candidates differ in how many units of a stem they share."""
+    return result.method not in ("fuse", "gate")
+
+
 def is_fused(result: Result) -> bool:
     """Whether the originals have one task, so that their ensemble is what candidates are compared with."""
     kept_apart = any(candidate.ensemble is None for candidate in result.candidates)
