@@ -13,6 +13,8 @@ from test_distributed import arguments_for, torchrun
 
 import onnxmerge
 import onnxmerge.calibration.engine as engine
+from onnxmerge.errors import UsageError
+from onnxmerge.report.schema import Result
 
 __all__ = ["work"]  # a fixture
 POISON = """
@@ -64,10 +66,25 @@ def test_of_several_processes_one_before_anything_was_learned(work: Path, tmp_pa
 
 @pytest.mark.parametrize(("at", "name"), [(8, "pruned"), (19, "student")])
 def test_in_gate(at: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = gated_with_a_loss_that_is_no_number(at, tmp_path, monkeypatch)
+    steps = {"pruned": 8, "student": 7}
+    (note,) = [note for note in result.notes if "ended early" in note]
+    assert note.startswith(f"The calibration of {name} ended early: the loss became nan in step {steps[name]}; ")
+    assert re.search(LARGEST.format(step=r"\d+"), note)
+
+
+def test_in_gate_before_anything_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="nothing was learned, so nothing was written: the loss became nan in step 1"):
+        gated_with_a_loss_that_is_no_number(1, tmp_path, monkeypatch)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def gated_with_a_loss_that_is_no_number(at: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """Two small networks gated; the loss of the step `at`, counted over both trainings, is no number."""
     for seed, own in enumerate("ab"):
-        onnx.save(dense(seed=seed).proto(), tmp_path / f"{own}.onnx")
+        onnx.save(dense(seed=seed).proto(), folder / f"{own}.onnx")
     x = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
-    np.savez(tmp_path / "data.npz", x=x)
+    np.savez(folder / "data.npz", x=x)
     real, calls = engine._Loop._backward, []
 
     def backward(self: engine._Loop) -> float:
@@ -76,9 +93,5 @@ def test_in_gate(at: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(engine._Loop, "_backward", backward)
     how = onnxmerge.GateSettings(measure=False, threads=1, gate_steps=12, steps=12)
-    models = [tmp_path / f"{own}.onnx" for own in "ab"]
-    result = onnxmerge.gate_models(models, tmp_path / "data.npz", tmp_path / "out", settings=how)
-    steps = {"pruned": 8, "student": 7}
-    (note,) = [note for note in result.notes if "ended early" in note]
-    assert note.startswith(f"The calibration of {name} ended early: the loss became nan in step {steps[name]}; ")
-    assert re.search(LARGEST.format(step=r"\d+"), note)
+    models = [folder / f"{own}.onnx" for own in "ab"]
+    return onnxmerge.gate_models(models, folder / "data.npz", folder / "out", settings=how)

@@ -121,14 +121,12 @@ def _train(
     progress: Progress,
 ) -> tuple[list[tuple[int, float]], list[str]]:
     """Train `model` in place; the held-out losses, and what the report must say."""
-    from onnxmerge.methods.calibrating import calibrate_merged, remarks  # torch is loaded only when it is needed
+    # torch is loaded only when it is needed
+    from onnxmerge.methods.calibrating import calibrate_merged, remarks, require_learning
 
     progress.stage("calibrate", settings.steps)
     outcome = calibrate_merged(model, tasks, outputs, settings, progress, shelf.checkpoint(CALIBRATED))
-    if outcome.failure is not None and outcome.best_step == 0:
-        raise UsageError(
-            f"nothing was learned, so nothing was written: {outcome.failure}. A lower --rate or --clip may help"
-        )
+    require_learning(outcome)
     notes = remarks("the model", outcome)
     if outcome.best_step == 0:
         notes.append("No measurement of the held-out loss was below that of the start: the weights are those given.")

@@ -9,6 +9,7 @@ from onnxmerge.calibration.distillation import calibrate
 from onnxmerge.calibration.engine import Done, Outcome
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.settings import Checkpoint, Settings
+from onnxmerge.errors import UsageError
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.progress import Progress
 from onnxmerge.methods.task import Task, merged_inputs
@@ -56,6 +57,16 @@ def calibrate_merged(
     if outcome.interrupted:
         raise KeyboardInterrupt
     return outcome
+
+
+def require_learning(outcome: Outcome) -> None:
+    """Refuse what failed before anything was gained.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    if outcome.failure is not None and outcome.best_step == 0:
+        raise UsageError(f"nothing was learned, so nothing was written: {outcome.failure}. A lower --rate may help")
 
 
 SLOW_READING = 0.25

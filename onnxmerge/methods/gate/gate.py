@@ -187,13 +187,14 @@ class _Run:
     def _choose(self, planned: Planned) -> tuple[oir.Model, list[GatedSpace], list[tuple[int, float]]]:
         """What gates leave of the networks side by side, what they said, and the held-out losses."""
         from onnxmerge.calibration.gating import learn_gates  # torch is loaded only when it is needed
-        from onnxmerge.methods.calibrating import Told
+        from onnxmerge.methods.calibrating import Told, require_learning
 
         places, widened = planned.places, planned.widened.clone()
         self.progress.stage("learn the gates", self.settings.gate_steps)
         training, told = self.settings.learning(labels=self.labels), Told(self.progress)
         checkpoint = self.made.shelf.checkpoint("pruned")
         learned = learn_gates(widened, places, self._sources(), training, told, checkpoint)
+        require_learning(learned.outcome)
         self._finished("pruned", learned.outcome)
         kept = places.kept(learned.log_alpha)
         closed = np.where(places.closed(kept), 0.0, learned.gates)
