@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxmerge.calibration.settings import Settings
     from onnxmerge.methods.align import align_models
+    from onnxmerge.methods.bounds import Bounds
     from onnxmerge.methods.calibrate import calibrate_model
     from onnxmerge.methods.extract import extract_task
     from onnxmerge.methods.fuse.fuse import fuse_models, plan_fuse
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from onnxmerge.methods.gate.settings import GateSettings
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack.pack import pack_models
-    from onnxmerge.methods.validate import Bounds, validate_model
+    from onnxmerge.methods.validate import validate_model
     from onnxmerge.methods.zip.settings import ZipSettings
     from onnxmerge.methods.zip.zip import plan_zip, zip_models
 
 _HOMES = {
-    "Bounds": "onnxmerge.methods.validate",
+    "Bounds": "onnxmerge.methods.bounds",
     "FuseSettings": "onnxmerge.methods.fuse.settings",
     "GateSettings": "onnxmerge.methods.gate.settings",
     "Settings": "onnxmerge.calibration.settings",

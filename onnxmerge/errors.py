@@ -11,7 +11,7 @@ class OnnxMergeError(Exception):
 
 
 class GateFailed(OnnxMergeError):
-    """A tolerance, `--max-drop` or `--min-speedup` was not met (exit code 1)."""
+    """Bounds were not met (exit code 1); it takes one sentence for each."""
 
     exit_code = 1
 

@@ -206,7 +206,7 @@ def test_a_node_that_fails_is_named(capfd):
 
 def test_node_providers_counts_what_ran():
     feeds = {"x": np.ones((1, 4), np.float32)}
-    assert node_providers(dense()[0], feeds, threads=1) == {"cpu": 2}
+    assert node_providers(dense()[0], feeds, threads=1) == {"cpu": {"Gemm": 1, "Relu": 1}}
 
 
 def test_node_providers_leaves_no_profile_behind(tmp_path, monkeypatch):
@@ -289,12 +289,11 @@ def test_rounds_go_on_for_min_seconds():
     assert sum(times["nap"]) >= 40
 
 
-def check_latency(result):
+def check_latency(result, *others):
     medians = {name: getattr(result, name) for name in ("merged", "separate", "separate_default")}
-    assert set(result.quartiles) == set(medians)
+    assert set(result.times) == {*medians, *others}
     for name, median in medians.items():
-        low, high = result.quartiles[name]
-        assert 0 < low <= median <= high
+        assert 0 < min(result.times[name]) <= median <= max(result.times[name])
     assert result.speedup == result.separate / result.merged
     low, high = result.speedup_range
     assert 0 < low <= high
@@ -304,6 +303,9 @@ def test_latency_of_merged_and_originals():
     a, b = dense(seed=1)[0], dense(seed=2)[0]
     feeds = {"x": np.ones((1, 4), np.float32)}
     check_latency(latency(a, [a, b], feeds, [feeds, feeds], threads=1, runs=5, min_seconds=0))
+    both = latency(a, [a, b], feeds, [feeds, feeds], unshared=(b, feeds), threads=1, runs=5, min_seconds=0)
+    check_latency(both, "unshared")
+    assert len(both.times["unshared"]) == len(both.times["merged"])
 
 
 def test_latency_of_real_networks():
@@ -313,7 +315,7 @@ def test_latency_of_real_networks():
 
 
 def test_a_speedup_that_wavers_or_comes_from_waking_threads_is_not_reliable():
-    figures = {"merged": 1.0, "separate_default": 2.0, "quartiles": {}}
+    figures = {"merged": 1.0, "separate_default": 2.0, "times": {}}
     assert Latency(separate=2.0, speedup_range=(1.9, 2.1), **figures).reliable
     assert not Latency(separate=2.0, speedup_range=(1.1, 2.1), **figures).reliable
     assert not Latency(separate=8.0, speedup_range=(7.9, 8.1), **figures).reliable
@@ -412,7 +414,7 @@ def test_cuda_computes_the_same():
     expected = run(open_session(path), feeds)["output"]
     np.testing.assert_allclose(run(session, feeds)["output"], expected, rtol=1e-3, atol=1e-3)
     prepare_run(session, feeds)()
-    assert node_providers(path, feeds, providers=["cuda"])["cuda"] > 0
+    assert node_providers(path, feeds, providers=["cuda"])["cuda"]["Conv"] > 0
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 import functools
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -26,18 +26,19 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except typer.Exit:
             raise
         except OnnxMergeError as error:
-            _fail(str(error), error.exit_code, verbose)
+            _fail(error.args, error.exit_code, verbose)
         except KeyboardInterrupt as error:
-            _fail(str(error) or "interrupted", INTERRUPTED, False)
+            _fail([str(error) or "interrupted"], INTERRUPTED, False)
         except Exception as error:
             hint = "" if verbose else "; -v shows where"
-            _fail(f"a fault of onnxmerge: {type(error).__name__}: {error}{hint}", _FAULT, verbose)
+            _fail([f"a fault of onnxmerge: {type(error).__name__}: {error}{hint}"], _FAULT, verbose)
 
     return wrapped
 
 
-def _fail(message: str, code: int, verbose: bool) -> None:
+def _fail(messages: Sequence[object], code: int, verbose: bool) -> None:
     if verbose:
         traceback.print_exc()
-    print(f"onnxmerge: error: {message}", file=sys.stderr)
+    for message in messages:
+        print(f"onnxmerge: error: {message}", file=sys.stderr)
     raise typer.Exit(code)

@@ -7,7 +7,6 @@ import typer
 
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
-from onnxmerge.errors import GateFailed
 
 
 @reports_errors
@@ -20,35 +19,72 @@ def validate(
         ),
     ],
     data: options.Data,
-    atol: Annotated[float | None, typer.Option("--atol", min=0.0, help="Absolute tolerance of every output.")] = None,
-    rtol: Annotated[float | None, typer.Option("--rtol", min=0.0, help="Relative tolerance of every output.")] = None,
+    atol: Annotated[
+        list[str],
+        typer.Option(
+            "--atol",
+            metavar="F|TASK/OUTPUT=F",
+            help="Absolute tolerance of every output, or of one; repeat for more.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 (typer reads the default, nobody changes it)
+    rtol: Annotated[
+        list[str],
+        typer.Option(
+            "--rtol", metavar="F|TASK/OUTPUT=F", help="Relative tolerance, in the same way.", show_default=False
+        ),
+    ] = [],  # noqa: B006
     max_drop: Annotated[
-        float | None, typer.Option("--max-drop", min=0.0, help="Largest loss of the worst task.")
+        float | None, typer.Option("--max-drop", min=0.0, help="Largest loss of the worst task.", show_default=False)
     ] = None,
-    min_speedup: Annotated[float | None, typer.Option("--min-speedup", min=0.0, help="Least speed-up.")] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement",
+            min=0.0,
+            max=1.0,
+            help="Least share of samples on which the worst task agrees with its original.",
+            show_default=False,
+        ),
+    ] = None,
+    max_bytes: options.MaxBytes = None,
+    min_speedup: options.MinSpeedup = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Held-out samples at most.")] = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
+    junit: options.JUnit = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Compare a merged model with its originals in onnxruntime; exit 1 when a bound is broken."""
     from onnxmerge.data import parse_data_option
-    from onnxmerge.methods.validate import Bounds, validate_model
+    from onnxmerge.methods.bounds import Bounds
+    from onnxmerge.methods.validate import validate_model
 
     originals = options.task_models(against)
-    result, broken = validate_model(
+    every_atol, output_atol = options.tolerance(atol, "--atol")
+    every_rtol, output_rtol = options.tolerance(rtol, "--rtol")
+    bounds = Bounds(
+        atol=every_atol,
+        rtol=every_rtol,
+        max_drop=max_drop,
+        min_speedup=min_speedup,
+        min_agreement=min_agreement,
+        max_bytes=max_bytes,
+        output_atol=output_atol,
+        output_rtol=output_rtol,
+    )
+    options.need_bounds(junit, bounds)
+    result, _ = validate_model(
         merged,
         originals,
         parse_data_option(data, list(originals)),
-        bounds=Bounds(atol, rtol, max_drop, min_speedup),
+        bounds=bounds,
         samples=samples,
         seed=seed,
         threads=threads,
         providers=options.provider_list(providers),
     )
-    options.show(result, as_json=as_json, report=report)
-    if broken:
-        raise GateFailed(f"{merged}: {broken[0]}")
+    options.show_checked(result, as_json=as_json, report=report, junit=junit)

@@ -59,13 +59,8 @@ def zip(
             show_default=False,
         ),
     ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option("--max-bytes", min=1, help="Largest file of the merged model.", show_default=False)
-    ] = None,
-    min_speedup: Annotated[
-        float | None,
-        typer.Option("--min-speedup", min=0.0, help="Least speed-up against the originals.", show_default=False),
-    ] = None,
+    max_bytes: options.MaxBytes = None,
+    min_speedup: options.MinSpeedup = None,
     start: Annotated[
         list[Start],
         typer.Option("--start", help="Where stems start from; may be repeated: the best on held-out samples is taken."),

@@ -8,10 +8,12 @@ import onnx_ir as oir
 
 from onnxmerge.methods.scoring import Tally, compare
 from onnxmerge.methods.task import Task, merged_inputs, task_outputs
+from onnxmerge.methods.tolerance import Gap, Tolerance
 from onnxmerge.report.schema import LatencyRecord, MemoryRecord, TaskScore
-from onnxmerge.runtime.activations import BATCH, Stored, store
+from onnxmerge.runtime.activations import BATCH, CPU, Stored, store
 from onnxmerge.runtime.latency import latency
 from onnxmerge.runtime.memory import measure_memory
+from onnxmerge.runtime.session import fixed_batch, node_providers, open_session
 
 
 class Judge:
@@ -24,6 +26,7 @@ class Judge:
         samples: at most this many held-out samples of each task; None: all.
         seed: of the choice of samples.
         outputs: what a merged model calls each task's outputs, in order; None: `TASK/output`.
+        providers: where merged models and originals run.
     """
 
     def __init__(
@@ -35,10 +38,12 @@ class Judge:
         samples: int | None = None,
         seed: int = 0,
         outputs: Mapping[str, Sequence[str]] | None = None,
+        providers: Sequence[str] = CPU,
     ):
         self.tasks = tasks
         self._names = task_outputs(tasks) if outputs is None else outputs
         self.threads = threads
+        self._providers = providers
         self._folder = folder
         self._splits = {
             task.name: task.data.held_out if samples is None else task.data.held_out.take(samples, seed)
@@ -48,30 +53,34 @@ class Judge:
 
     def score(self, merged: oir.Model) -> dict[str, TaskScore]:
         """How each task fares in `merged`."""
-        return {task: tally.score() for task, tally in self.tally(merged).items()}
+        return {task.name: self.tally(task, merged, {}).score() for task in self.tasks}
 
-    def tally(self, merged: oir.Model, atol: float | None = None, rtol: float | None = None) -> dict[str, Tally]:
-        """The sums behind the scores; with a tolerance, also how many values exceed it."""
-        return {
-            task.name: compare(
-                merged,
-                self._names[task.name],
-                task.merged_feeds(self._splits[task.name], merged),
-                self._outputs(task).batches(BATCH),
-                task.outputs,
-                self._splits[task.name],
-                Tally(atol=atol, rtol=rtol),
-                threads=self.threads,
-            )
-            for task in self.tasks
-        }
+    def tally(self, task: Task, merged: oir.Model, tolerances: Mapping[str, Tolerance]) -> Tally:
+        """The sums behind a task's score; also the gap of each output that has a tolerance under its merged name."""
+        names, split = self._names[task.name], self._splits[task.name]
+        return compare(
+            merged,
+            names,
+            task.merged_feeds(split, merged),
+            self._outputs(task).batches(BATCH),
+            task.outputs,
+            split,
+            Tally(gaps=[Gap(tolerances[name]) if name in tolerances else None for name in names]),
+            threads=self.threads,
+            providers=self._providers,
+        )
 
     def _outputs(self, task: Task) -> Stored:
         if task.name not in self._expected:
             split = self._splits[task.name]
             folder = self._folder / f"originals-{task.name}"
             self._expected[task.name] = store(
-                task.model, task.feeds(split, task), task.outputs, folder, threads=self.threads
+                task.model,
+                task.feeds(split, task),
+                task.outputs,
+                folder,
+                threads=self.threads,
+                providers=self._providers,
             )
         return self._expected[task.name]
 
@@ -112,6 +121,13 @@ class Bench:
         )
         return record, found.reliable
 
+    def nodes(self, path: Path) -> dict[str, dict[str, int]]:
+        """Which provider ran which of the merged model's nodes (see `node_providers`)."""
+        session = open_session(path, providers=self.providers, threads=self.threads)
+        feeds = {name: sample.repeat(fixed_batch(session) or 1, axis=0) for name, sample in self.feeds.items()}
+        del session
+        return node_providers(path, feeds, providers=self.providers, threads=self.threads)
+
     def memory(self, path: Path) -> MemoryRecord:
         """Unique set size of the merged model and of all originals together, each in a fresh process."""
         merged = measure_memory([path], [self.feeds], providers=self.providers, threads=self.threads)
@@ -119,3 +135,17 @@ class Bench:
             separate = measure_memory(self.paths, self.separate_feeds, providers=self.providers, threads=self.threads)
             self._separate_memory = None if separate is None else separate.unique_mb
         return MemoryRecord(merged=None if merged is None else merged.unique_mb, separate=self._separate_memory)
+
+
+def nodes_note(path: Path, nodes: Mapping[str, Mapping[str, int]]) -> str:
+    """How many nodes each provider ran, in a sentence; of all but the first, which operators these are."""
+    parts = []
+    for number, (provider, operators) in enumerate(nodes.items()):
+        named = f" ({', '.join(operators)})" if number else ""
+        parts.append(f"{sum(operators.values())} nodes on {provider}{named}")
+    return f"{path.name}: {', '.join(parts)}."
+
+
+def unreliable_note(path: Path, at: str = "") -> str:
+    """What to say of a latency that wavers; `at` says at which batch size."""
+    return f"The latency of {path.name}{at and f' at {at}'} was measured on a busy machine and is not reliable."

@@ -14,8 +14,9 @@ import onnx_ir as oir
 from onnxmerge.data import Batch, Split
 from onnxmerge.errors import UsageError
 from onnxmerge.ir.outputs import is_class_shape, may_name_classes, same_but_for_ones
+from onnxmerge.methods.tolerance import Gap
 from onnxmerge.report.schema import TaskScore
-from onnxmerge.runtime.activations import BATCH, Samples, stream
+from onnxmerge.runtime.activations import BATCH, CPU, Samples, stream
 
 MANY = 50
 """Samples of which a classifier should name more than one class: else agreement says nothing."""
@@ -35,13 +36,8 @@ class Tally:
     differences: list[float] = field(default_factory=list)
     magnitudes: list[float] = field(default_factory=list)
     """Sums of squares over all samples, for each output."""
-    largest: float = 0.0
-    """Largest absolute difference of any output."""
-    compared: int = 0
-    violations: int = 0
-    """Output values that differ by more than `atol + rtol |original|`."""
-    atol: float | None = None
-    rtol: float | None = None
+    gaps: Sequence[Gap | None] = ()
+    """For each output its gap where that has a tolerance; empty: none has."""
     may_classify: bool = True
     """Whether the first output's end allows that it names classes (see `may_name_classes`)."""
 
@@ -53,11 +49,8 @@ class Tally:
             gap = ours.astype(np.float64) - theirs
             self.differences[place] += float((gap**2).sum())
             self.magnitudes[place] += float((theirs.astype(np.float64) ** 2).sum())
-            self.largest = max(self.largest, float(np.abs(gap).max(initial=0)))
-            self.compared += gap.size
-            if self.atol is not None or self.rtol is not None:
-                bound = (self.atol or 0.0) + (self.rtol or 0.0) * np.abs(theirs)
-                self.violations += int((np.abs(gap) > bound).sum())
+            if self.gaps and (own := self.gaps[place]) is not None:
+                own.update(ours, theirs)
         if not is_class_shape(original[0].shape) or not (self.may_classify or labels is not None):
             return
         ours, theirs = (output.reshape(len(output), -1).argmax(1) for output in (merged[0], original[0]))
@@ -98,10 +91,11 @@ def compare(
     tally: Tally,
     *,
     threads: int | None = None,
+    providers: Sequence[str] = CPU,
 ) -> Tally:
     """Run `merged` over `merged_samples` and hold its outputs `names` against the original's, batch by batch."""
     tally.may_classify = may_name_classes(merged, names[0])
-    ours = stream(merged, merged_samples, names, threads=threads)
+    ours = stream(merged, merged_samples, names, threads=threads, providers=providers)
     for batch, ran, expected in zip(split.batches(BATCH), ours, original, strict=True):
         _check_labels(batch, expected[original_names[0]], original_names[0])
         tally.update([ran[n] for n in names], [expected[n] for n in original_names], batch.classes)

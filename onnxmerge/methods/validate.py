@@ -4,7 +4,6 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as oir
@@ -13,27 +12,11 @@ from onnxmerge.errors import UsageError
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.load import load
 from onnxmerge.ir.save import stored_bytes
-from onnxmerge.methods.measure import Bench, Judge
-from onnxmerge.methods.task import Network, with_data
+from onnxmerge.methods.bounds import Bounds, score_checks, size_checks, speed_checks, timed, tolerance_check
+from onnxmerge.methods.measure import Bench, Judge, nodes_note, unreliable_note
+from onnxmerge.methods.task import Network, task_outputs, with_data
 from onnxmerge.report.provenance import hardware, library_versions
-from onnxmerge.report.schema import Candidate, Result
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a merged model must keep; None: not asked.
-
-    Attributes:
-        atol: every output may differ from the original's by this much,
-        rtol: plus this share of the original's magnitude.
-        max_drop: largest loss of the worst task (see `TaskScore.drop`).
-        min_speedup: least speed-up over the originals in spin-stopped sessions.
-    """
-
-    atol: float | None = None
-    rtol: float | None = None
-    max_drop: float | None = None
-    min_speedup: float | None = None
+from onnxmerge.report.schema import BoundCheck, Candidate, Result, TaskScore
 
 
 def validate_model(
@@ -57,13 +40,13 @@ def validate_model(
         samples: at most this many held-out samples of each task.
         seed: of the choice of samples.
         threads: for onnxruntime.
-        providers: where latency is measured.
+        providers: where merged model and originals run, short names in order of preference.
 
     Returns:
         The result, with the merged model as its only candidate, and one sentence for each broken bound.
 
     Raises:
-        UsageError: the data or the tasks do not fit.
+        UsageError: the data, the tasks or the bounds do not fit, or a provider is missing or falls back to another.
         ModelError: a model cannot be read.
     """
     bounds = bounds or Bounds()
@@ -71,42 +54,65 @@ def validate_model(
     model = load(merged)
     networks = [_original(task, path) for task, path in against.items()]
     _check_outputs(merged, model, networks)
+    tolerances = bounds.tolerances([name for names in task_outputs(networks).values() for name in names])
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=seed)
-    path = Path(merged)
+    path, file = Path(merged), str(merged)
+    bench = Bench(tasks, [value.name or "" for value in model.graph.inputs], threads, providers)
+    nodes = bench.nodes(path)
+    scores: dict[str, TaskScore] = {}
+    checks: list[BoundCheck] = []
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
-        judge = Judge(tasks, Path(folder), threads, samples=samples, seed=seed)
-        tallies = judge.tally(model, atol=bounds.atol, rtol=bounds.rtol)
+        judge = Judge(tasks, Path(folder), threads, samples=samples, seed=seed, providers=providers)
+        for task in tasks:
+            started = time.perf_counter()
+            tally = judge.tally(task, model, tolerances)
+            scores[task.name] = tally.score()
+            names = task_outputs([task])[task.name]
+            gaps = [(name, gap) for name, gap in zip(names, tally.gaps, strict=True) if gap is not None]
+            found = [tolerance_check(file, name, gap) for name, gap in gaps]
+            found += score_checks(file, task.name, scores[task.name], bounds)
+            checks += timed(found, time.perf_counter() - started)
+    if bounds.min_agreement is not None and all(score.agreement is None for score in scores.values()):
+        raise UsageError(f"{merged}: no task names classes, so there is no agreement that a bound could ask for")
     candidate = Candidate(
         name=path.stem,
         share=int(model.metadata_props.get("onnxmerge.share", "0")),
-        path=str(path),
+        path=file,
         parameters=parameter_count(model),
         bytes=stored_bytes(path),
-        tasks={task: tally.score() for task, tally in tallies.items()},
+        tasks=scores,
         steps=0,
         seconds=time.perf_counter() - begun,
+        nodes=nodes,
     )
+    checks += size_checks(file, candidate.bytes, bounds)
+    notes = [nodes_note(path, nodes)]
     if bounds.min_speedup is not None:
-        names = [value.name or "" for value in model.graph.inputs]
-        candidate.latency_ms, _ = Bench(tasks, names, threads, providers).latency(path)
-    broken = [
-        f"task {task}: {tally.violations} of {tally.compared} output values differ by more than "
-        f"{bounds.atol or 0:g} + {bounds.rtol or 0:g} |original| (largest difference {tally.largest:.3g})"
-        for task, tally in tallies.items()
-        if tally.violations
-    ]
-    broken += _broken(candidate, bounds)
+        started = time.perf_counter()
+        candidate.latency_ms, reliable = bench.latency(path)
+        if not reliable:
+            notes.append(unreliable_note(path))
+        checks += timed(speed_checks(file, candidate.latency_ms.speedup, bounds), time.perf_counter() - started)
     result = Result(
         method="validate",
         versions=library_versions(),
         inputs=[task.record() for task in tasks],
         candidates=[candidate],
-        chosen=None if broken else candidate.name,
-        recipe={"merged": str(path), "data": {task.name: task.data.source for task in tasks}, "seed": seed},
+        chosen=None,
+        recipe={
+            "merged": file,
+            "data": {task.name: task.data.source for task in tasks},
+            "seed": seed,
+            "providers": list(providers),
+        },
         hardware=hardware(),
-        notes=broken,
+        notes=notes,
+        checks=checks,
     )
+    broken = result.broken
+    result.chosen = None if broken else candidate.name
+    result.notes += broken
     return result, broken
 
 
@@ -124,14 +130,3 @@ def _check_outputs(path: str | os.PathLike[str], merged: oir.Model, networks: Se
                     f"{path}: has no output {network.name}/{output}; its outputs are {', '.join(present)} "
                     "(--against takes TASK=MODEL.onnx with TASK as in these names)"
                 )
-
-
-def _broken(candidate: Candidate, bounds: Bounds) -> list[str]:
-    broken = []
-    for task, score in candidate.tasks.items():
-        if bounds.max_drop is not None and score.drop is not None and score.drop > bounds.max_drop:
-            broken.append(f"task {task}: drops by {score.drop:.4f}, more than {bounds.max_drop:g}")
-    speedup = candidate.latency_ms.speedup
-    if bounds.min_speedup is not None and (speedup is None or speedup < bounds.min_speedup):
-        broken.append(f"the speed-up is {speedup or 0:.2f}, less than {bounds.min_speedup:g}")
-    return broken

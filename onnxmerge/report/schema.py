@@ -1,6 +1,7 @@
 """The result of a method: what `report.json` holds (schema 1), what Python callers get back, what the table prints.
 
-A figure that was not measured is None, never 0.
+A figure that was not measured is None, never 0. The texts under the fields are published: they are the descriptions in
+`docs/report.schema.json`.
 """
 
 import math
@@ -10,8 +11,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 
+def _open_to_more(schema: dict[str, Any]) -> None:
+    """Let a published object have fields that a later version adds."""
+    schema.pop("additionalProperties", None)
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", populate_by_name=True, use_attribute_docstrings=True, json_schema_extra=_open_to_more
+    )
 
 
 class InputRecord(_Record):
@@ -63,6 +71,33 @@ class LatencyRecord(_Record):
     """separate / merged."""
 
 
+class Timing(_Record):
+    """How long one run takes: percentiles over all timed rounds, in milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+    throughput: float
+    """Samples for each second, over all timed rounds together."""
+
+
+class BatchLatency(_Record):
+    """A candidate at one batch size, beside the originals used in three other ways."""
+
+    batch: int
+    merged: Timing
+    separate: Timing | None = None
+    """As `LatencyRecord.separate`: the originals in spin-stopped sessions, one after the other."""
+    separate_default: Timing | None = None
+    """As `LatencyRecord.separate_default`: with onnxruntime's defaults."""
+    unshared: Timing | None = None
+    """All originals side by side in one graph that shares nothing, spin-stopped."""
+    speedup: float | None = None
+    """separate / merged, by p50."""
+    of_ideal: float | None = None
+    """speedup / N for N originals: 1 where the merged model takes one N-th of their time."""
+
+
 class MemoryRecord(_Record):
     """Unique set size in MB (1e6 bytes) of a fresh process, sessions loaded and warmed up, less the bare process."""
 
@@ -110,6 +145,10 @@ class Candidate(_Record):
     """Held-out calibration loss: (step, loss), step 0 being the closed form."""
     gates: list[GatedSpace] = Field(default_factory=list)
     """What gates said of each channel space, in `gate`; left out of other methods' `report.json`."""
+    batches: list[BatchLatency] = Field(default_factory=list)
+    """Latency at each batch size, ascending, in `bench`; left out of other methods' `report.json`."""
+    nodes: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """By provider, how many nodes of each operator it ran, in `bench` and `validate`; left out of others'."""
 
     @property
     def worst_drop(self) -> float | None:
@@ -225,6 +264,25 @@ class Pictures(_Record):
     tasks: list[TaskPictures]
 
 
+class BoundCheck(_Record):
+    """A bound that was asked for, held against what was measured."""
+
+    bound: str
+    """The option that asks for it, without dashes; `atol+rtol` where an output has both."""
+    of: str
+    """What it bounds: an output `TASK/output`, a task, or a model file."""
+    limit: float
+    """What was asked; of `atol+rtol`, which has no single number, 1."""
+    measured: float | None
+    """In the terms of the limit; of `atol+rtol` the largest |merged - original| / (atol + rtol |original|)."""
+    passed: bool | None
+    """None where the bound does not apply, e.g. agreement where there are no classes."""
+    told: str
+    """A sentence."""
+    seconds: float
+    """How long measuring took; what one measurement answers together has equal parts of its time."""
+
+
 class Result(_Record):
     """What a method returns and `report.json` stores."""
 
@@ -248,14 +306,24 @@ class Result(_Record):
     """Each original against the ensemble of all, in `fuse` and `gate`; left out of other methods' `report.json`."""
     layer_maps: dict[str, LayerLinks] = Field(default_factory=dict)
     """For each original but the reference its layer map, in `fuse`; left out of other methods' `report.json`."""
+    checks: list[BoundCheck] = Field(default_factory=list)
+    """Every bound that was asked for, in `validate` and `bench`; left out where there are none."""
     pictures: list[Pictures] = Field(default_factory=list, exclude=True)
     """The chosen candidate's images for `report.html`; never in `report.json`."""
 
+    @property
+    def broken(self) -> list[str]:
+        """A sentence for each bound that was broken."""
+        return [check.told for check in self.checks if check.passed is False]
+
     def to_json(self) -> str:
         """The text of `report.json`."""
-        absent: dict[str, Any] = {n: True for n in ("layer_map", "originals", "layer_maps") if not getattr(self, n)}
-        if not any(candidate.gates for candidate in self.candidates):
-            absent["candidates"] = {"__all__": {"gates"}}
+        absent: dict[str, Any] = {
+            name: True for name in ("layer_map", "originals", "layer_maps", "checks") if not getattr(self, name)
+        }
+        unused = {name for name in ("gates", "batches", "nodes") if not any(getattr(c, name) for c in self.candidates)}
+        if unused:
+            absent["candidates"] = {"__all__": unused}
         return self.model_dump_json(by_alias=True, indent=2, exclude=absent) + "\n"
 
     def candidate(self, name: str) -> Candidate:

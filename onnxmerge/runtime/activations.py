@@ -20,6 +20,9 @@ BATCH = 128
 MEMORY = 64_000_000
 """Bytes that the values of one network may take while a batch runs."""
 
+CPU = ("cpu",)
+"""Where values are computed unless another provider is asked for."""
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -79,18 +82,26 @@ Source = tuple[oir.Model, Samples, Sequence[str]]
 
 
 def stream(
-    model: oir.Model, samples: Samples, names: Sequence[str], *, threads: int | None = None, size: int = BATCH
+    model: oir.Model,
+    samples: Samples,
+    names: Sequence[str],
+    *,
+    threads: int | None = None,
+    size: int = BATCH,
+    providers: Sequence[str] = CPU,
 ) -> Iterator[Arrays]:
     """Values `names` (inputs, computed values or outputs) of `model` for each batch of `samples`."""
-    yield from _Runner(model, samples, names, threads).batches(size)
+    yield from _Runner(model, samples, names, threads, providers).batches(size)
 
 
-def lockstep(*sources: Source, threads: int | None = None) -> Iterator[tuple[Arrays, ...]]:
+def lockstep(
+    *sources: Source, threads: int | None = None, providers: Sequence[str] = CPU
+) -> Iterator[tuple[Arrays, ...]]:
     """The values of several models for the same batches of their samples, which are equally many.
 
     A batch holds `BATCH` samples, or so many halves of it that the values of each model fit into `MEMORY`.
     """
-    runners = [_Runner(*source, threads) for source in sources]
+    runners = [_Runner(*source, threads, providers) for source in sources]
     size = min(runner.fitting() for runner in runners)
     yield from zip(*(runner.batches(size) for runner in runners), strict=True)
 
@@ -98,14 +109,22 @@ def lockstep(*sources: Source, threads: int | None = None) -> Iterator[tuple[Arr
 class _Runner:
     """A model's values for samples."""
 
-    def __init__(self, model: oir.Model, samples: Samples, names: Sequence[str], threads: int | None):
+    def __init__(
+        self,
+        model: oir.Model,
+        samples: Samples,
+        names: Sequence[str],
+        threads: int | None,
+        providers: Sequence[str],
+    ):
         self._samples, self._names = samples, names
         self._inputs = [value.name or "" for value in model.graph.inputs]
         self._computed = [name for name in dict.fromkeys(names) if name not in self._inputs]
         self._session, self._inside = None, 0
         if self._computed:
             part = cut_out(model, _needed(model, self._computed), self._computed)
-            self._session = open_session(oir.to_proto(part).SerializeToString(), threads=threads, spinning=False)
+            proto = oir.to_proto(part).SerializeToString()
+            self._session = open_session(proto, providers=providers, threads=threads, spinning=False)
             self._inside = max(_bytes_around(node) for node in part.graph)
 
     def fitting(self) -> int:
@@ -142,14 +161,22 @@ def _needed(model: oir.Model, names: Sequence[str]) -> list[str]:
 
 
 def store(
-    model: oir.Model, samples: Samples, names: Sequence[str], folder: Path, *, threads: int | None = None
+    model: oir.Model,
+    samples: Samples,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = CPU,
 ) -> Stored:
     """Run `model` over `samples` and keep the values `names` in files under `folder`.
 
     Raises:
         UsageError: the files cannot be written.
     """
-    return keep((values for (values,) in lockstep((model, samples, names), threads=threads)), folder)
+    return keep(
+        (values for (values,) in lockstep((model, samples, names), threads=threads, providers=providers)), folder
+    )
 
 
 def keep(batches: Iterable[Mapping[str, np.ndarray]], folder: Path) -> Stored:

@@ -38,8 +38,8 @@ class Latency:
     """The honest baseline: one session for each original, none left spinning; `merged` is measured the same way."""
     separate_default: float
     """One session for each original with onnxruntime's defaults."""
-    quartiles: dict[str, tuple[float, float]]
-    """First and third quartile of each of the three."""
+    times: dict[str, list[float]]
+    """All rounds of each of the three, and of `unshared` where that was asked."""
     speedup_range: tuple[float, float]
     """Lowest and highest speedup over `BLOCKS` successive parts of the same measurement."""
 
@@ -66,6 +66,7 @@ def latency(
     feeds: Feeds,
     separate_feeds: Sequence[Feeds],
     *,
+    unshared: tuple[str | Path, Feeds] | None = None,
     threads: int | None = None,
     providers: Sequence[str] = ("cpu",),
     runs: int = 50,
@@ -79,6 +80,7 @@ def latency(
         separate: the originals.
         feeds: inputs of the merged model.
         separate_feeds: inputs of each original.
+        unshared: all originals in one graph that shares nothing, and its inputs; timed in turn with `merged`.
         threads: threads inside one operator; None leaves the choice to onnxruntime.
         providers: short names, see `open_session`.
         runs: timed rounds at least, in each of the two phases; `BLOCKS` or more.
@@ -110,14 +112,16 @@ def latency(
         return measure_latency(variants, warmup=WARMUP, runs=runs, min_seconds=min_seconds, seed=seed)
 
     # No name is kept for the sessions: those of a phase close when it returns.
-    times = phase({"merged": ready(merged, feeds, False), "separate": ready_originals(False)})
+    times = phase(
+        {"merged": ready(merged, feeds, False), "separate": ready_originals(False)}
+        | ({} if unshared is None else {"unshared": ready(*unshared, False)})
+    )
     times |= phase({"separate_default": ready_originals(True)})
-    quartiles = {name: np.percentile(values, [25, 50, 75]).tolist() for name, values in times.items()}
     parts = zip(*(np.array_split(times[name], BLOCKS) for name in ("separate", "merged")), strict=True)
     speedups = [float(np.median(originals) / np.median(one)) for originals, one in parts]
     return Latency(
-        **{name: median for name, (_, median, _) in quartiles.items()},
-        quartiles={name: (low, high) for name, (low, _, high) in quartiles.items()},
+        **{name: float(np.median(times[name])) for name in ("merged", "separate", "separate_default")},
+        times=times,
         speedup_range=(min(speedups), max(speedups)),
     )
 

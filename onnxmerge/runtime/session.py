@@ -107,10 +107,11 @@ def node_providers(
     *,
     providers: Sequence[str] = ("cpu",),
     threads: int | None = None,
-) -> dict[str, int]:
-    """Nodes each provider really ran, by short name, e.g. `{"cuda": 118, "cpu": 3}`.
+) -> dict[str, dict[str, int]]:
+    """How many nodes of each operator each provider really ran, by short name: `{"cuda": {"Conv": 9}, "cpu": {...}}`.
 
-    Nodes are those left after onnxruntime's own optimisations. Raises as `open_session` and `run` do.
+    Nodes are those left after onnxruntime's own optimisations; the busiest provider and operator come first. Raises as
+    `open_session` and `run` do.
     """
     options = _options(threads, spinning=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -120,12 +121,24 @@ def node_providers(
         run(session, feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = {
-        event["name"]: event["args"]["provider"]
+        event["name"]: event["args"]
         for event in events
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
     }
     short = {name: ours for ours, name in PROVIDERS.items()}
-    return dict(Counter(short.get(provider, provider) for provider in kernels.values()).most_common())
+    found: dict[str, Counter[str]] = {}
+    for ran in kernels.values():
+        found.setdefault(short.get(ran["provider"], ran["provider"]), Counter())[ran["op_name"]] += 1
+    busiest = sorted(found.items(), key=lambda item: -item[1].total())
+    return {provider: dict(operators.most_common()) for provider, operators in busiest}
+
+
+def fixed_batch(session: "onnxruntime.InferenceSession") -> int | None:
+    """The only batch size that the model takes: the first axis of its inputs; None where one of these is symbolic."""
+    shapes = [value.shape for value in session.get_inputs() if value.shape]
+    if not shapes or any(not isinstance(shape[0], int) for shape in shapes):
+        return None
+    return shapes[0][0]
 
 
 def random_feeds(

@@ -52,15 +52,7 @@ def pack_graphs(models: Mapping[str, oir.Model], asked: Sequence[Sequence[Endpoi
         UsageError: inputs that shall be one contradict each other.
         ModelError: the models use different versions of a custom operator set, or cannot be brought to one opset.
     """
-    merged = _join(models)
-    groups, notes = _group_inputs(merged, list(models), asked, separate)
-    called = {member: name for name, members in groups.items() for member in members}
-    names = {task: [i.removeprefix(f"{task}/") for i in called if i.startswith(f"{task}/")] for task in models}
-    inputs = {task: {name: called[f"{task}/{name}"] for name in own} for task, own in names.items()}
-    TieInputs(groups)(merged)
-    _drop_prefixes_of_symbols(merged, list(models))
-    infer_shapes(merged)
-    common.RemoveUnusedNodesPass()(merged)
+    merged, inputs, notes = _side_by_side(models, asked, separate)
     DeduplicateInitializers()(merged)
     MergeIdenticalNodes()(merged)
     while fold_stored(merged):
@@ -70,6 +62,36 @@ def pack_graphs(models: Mapping[str, oir.Model], asked: Sequence[Sequence[Endpoi
     nodes = _name_shared(merged, list(models))
     common.NameFixPass()(merged)
     return Packed(merged, inputs, nodes, notes)
+
+
+def unshared_graph(models: Mapping[str, oir.Model]) -> tuple[oir.Model, dict[str, dict[str, str]]]:
+    """Models in the light normal form side by side in one graph that shares nothing; they are used up.
+
+    Returns:
+        The graph, and for each task what its inputs are called in it: none is read by two tasks.
+
+    Raises:
+        ModelError: as `pack_graphs` does.
+    """
+    graph, inputs, _ = _side_by_side(models, [], True)
+    common.NameFixPass()(graph)
+    return graph, inputs
+
+
+def _side_by_side(
+    models: Mapping[str, oir.Model], asked: Sequence[Sequence[Endpoint]], separate: bool
+) -> tuple[oir.Model, dict[str, dict[str, str]], list[str]]:
+    """All models in one graph with their inputs tied; what the tasks' inputs are called, and notes as in `Packed`."""
+    merged = _join(models)
+    groups, notes = _group_inputs(merged, list(models), asked, separate)
+    called = {member: name for name, members in groups.items() for member in members}
+    names = {task: [i.removeprefix(f"{task}/") for i in called if i.startswith(f"{task}/")] for task in models}
+    inputs = {task: {name: called[f"{task}/{name}"] for name in own} for task, own in names.items()}
+    TieInputs(groups)(merged)
+    _drop_prefixes_of_symbols(merged, list(models))
+    infer_shapes(merged)
+    common.RemoveUnusedNodesPass()(merged)
+    return merged, inputs, notes
 
 
 def _join(models: Mapping[str, oir.Model]) -> oir.Model:
