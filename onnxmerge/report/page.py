@@ -10,6 +10,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from onnxmerge.report.batches import ALONE, COMPARED, EXPLAINED, batch_rows, compares
 from onnxmerge.report.columns import QUALITY, Column, columns, other_rows
 from onnxmerge.report.figures import count, megabytes, one_line, percent, points, significant, times
 from onnxmerge.report.panels import data_uri
@@ -79,6 +80,10 @@ def render_page(result: Result) -> str:
         has_stem=has_stem(result),
         other_rows=other_rows,
         tables=_candidate_tables(columns(result)),
+        batch_rows=batch_rows,
+        compares=compares,
+        batch_titles=(ALONE, COMPARED),
+        batches_explained=EXPLAINED,
         recipe=_yaml(result.model_dump(mode="json")["recipe"]),
         hardware={
             key.replace("_gb", ", GB").replace("_", " "): _plain(value) for key, value in result.hardware.items()

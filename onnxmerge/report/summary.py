@@ -49,6 +49,8 @@ def headline(result: Result) -> str:
     """One sentence: the chosen candidate, its size and speed against the originals, and its worst drop."""
     if result.layer_map is not None:
         return _mapped(result.layer_map, *task_names(result))
+    if result.method in ("bench", "validate") and result.candidates:
+        return _held_against_bounds(result)
     chosen = chosen_candidate(result)
     if chosen is None:
         return _nothing_chosen(result)
@@ -57,6 +59,25 @@ def headline(result: Result) -> str:
     facts = [_size(chosen, original_bytes(result)), _speed(chosen), _worst_drop(chosen)]
     known = [fact for fact in facts if fact is not None]
     return f"{_sharing(chosen, result)}{': ' if known else ''}{'; '.join(known)}."
+
+
+def _held_against_bounds(result: Result) -> str:
+    """What `bench` and `validate` found: they make no candidates and choose none."""
+    fastest = min(result.candidates, key=lambda candidate: candidate.latency_ms.merged or 0.0)
+    subject = one_line(fastest.name)
+    if len(result.candidates) > 1:
+        subject += f" is the fastest of {len(result.candidates)}"
+    else:
+        subject += " was timed" if result.method == "bench" else " was compared with its originals"
+    total, broken = len(result.checks), len(result.broken)
+    if total:
+        kept = f"{broken} of {total} bounds {'is' if broken == 1 else 'are'} broken" if broken else "no bound is broken"
+        subject += f", and {kept}"
+    merged = fastest.latency_ms.merged
+    time = None if merged is None or fastest.latency_ms.speedup is not None else f"{significant(merged)} ms"
+    facts = [time, _speed(fastest), _size(fastest, original_bytes(result)), _worst_drop(fastest)]
+    known = [fact for fact in facts if fact is not None]
+    return f"{subject}{': ' if known else ''}{'; '.join(known)}."
 
 
 def _fused(chosen: Candidate, result: Result) -> str:

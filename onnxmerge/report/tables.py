@@ -8,12 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from onnxmerge.report.batches import EXPLAINED as BATCHES_EXPLAINED
+from onnxmerge.report.batches import batch_rows, compares
 from onnxmerge.report.columns import Column, columns, other_rows
 from onnxmerge.report.figures import one_line, significant
-from onnxmerge.report.schema import Result
+from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.report.summary import headline, task_names
 
 ORIGINALS = "originals"
+BATCH_HEADERS = ("p50\nms", "p90\nms", "p99\nms", "samples\nper s", "speed\nup", "of\nideal")
 UNMEASURED = "-"
 GAP = 2
 """Spaces between columns."""
@@ -68,10 +71,32 @@ def result_table(result: Result, width: int = 100) -> Table:
 def print_result(result: Result, console: Console) -> None:
     """Print the table, one sentence that sums it up, and the notes."""
     console.print(result_table(result, console.width) if result.layer_map is None else layer_map_table(result))
+    for candidate in result.candidates:
+        if candidate.batches:
+            console.print()
+            console.print(batch_table(candidate, alone=len(result.candidates) == 1))
     console.print()
     console.print(Text(headline(result), style="bold"))
     for note in result.notes:
         console.print(Text(f"note: {note}"))
+
+
+def batch_table(candidate: Candidate, *, alone: bool) -> Table:
+    """Latency at each batch size; `alone`: no other candidate has a table, so that it needs no name."""
+    rows = batch_rows(candidate)
+    compared = compares(rows)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    table.title, table.title_justify, table.title_style = None if alone else one_line(candidate.name), "left", "none"
+    table.add_column("\nbatch", justify="right", no_wrap=True)
+    if compared:
+        table.add_column("\nrun as", no_wrap=True)
+        table.caption, table.caption_justify, table.caption_style = BATCHES_EXPLAINED, "left", "dim"
+    for header in BATCH_HEADERS if compared else BATCH_HEADERS[:4]:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        way = [row.way] if compared else []
+        table.add_row(str(row.batch or ""), *way, *row.cells, style="dim" if row.batch is None else None)
+    return table
 
 
 def layer_map_table(result: Result) -> Table:
