@@ -40,9 +40,10 @@ class Gap:
         theirs = original.astype(np.float64)
         with np.errstate(invalid="ignore"):
             gap = np.where(merged == original, 0.0, np.abs(merged.astype(np.float64) - theirs))
+            allowed = self.tolerance.allowed(theirs)
         gap = np.where(np.isfinite(gap), gap, np.inf)
-        # Against an infinite original nothing is allowed but the same.
-        allowed = np.where(np.isfinite(theirs), self.tolerance.allowed(theirs), 0.0)
+        # Of an infinite original nothing is close but the same.
+        allowed = np.where(np.isfinite(theirs), allowed, 0.0)
         self.compared += gap.size
         self.violations += int((gap > allowed).sum())
         self.largest = max(self.largest, float(gap.max(initial=0.0)))

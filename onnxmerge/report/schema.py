@@ -6,9 +6,9 @@ A figure that was not measured is None, never 0. The texts under the fields are 
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 
 def _open_to_more(schema: dict[str, Any]) -> None:
@@ -20,6 +20,14 @@ class _Record(BaseModel):
     model_config = ConfigDict(
         extra="forbid", populate_by_name=True, use_attribute_docstrings=True, json_schema_extra=_open_to_more
     )
+
+
+def _no_number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+Loss = Annotated[float, BeforeValidator(_no_number), WithJsonSchema({"type": ["number", "null"]})]
+"""A loss; one that is no finite number is null in JSON."""
 
 
 class InputRecord(_Record):
@@ -141,7 +149,7 @@ class Candidate(_Record):
     """By group of tasks, joined by `+`, how many units it shares, where that is more than all tasks do."""
     channels: dict[str, int] = Field(default_factory=dict)
     """How many neurons of each channel space are shared, where that was decided while the candidate was made."""
-    losses: list[tuple[int, float]] = Field(default_factory=list)
+    losses: list[tuple[int, Loss]] = Field(default_factory=list)
     """Held-out calibration loss: (step, loss), step 0 being the closed form."""
     gates: list[GatedSpace] = Field(default_factory=list)
     """What gates said of each channel space, in `gate`; left out of other methods' `report.json`."""
@@ -286,7 +294,7 @@ class BoundCheck(_Record):
 class Result(_Record):
     """What a method returns and `report.json` stores."""
 
-    schema_version: int = Field(default=1, alias="schema")
+    schema_version: Literal[1] = Field(default=1, alias="schema")
     method: str
     versions: dict[str, str]
     inputs: list[InputRecord]
