@@ -46,7 +46,7 @@ def batch_rows(candidate: Candidate) -> list[BatchRow]:
 def _rows(found: BatchLatency) -> list[BatchRow]:
     ways: dict[str, Timing] = {way: own for way in WAYS if (own := getattr(found, way)) is not None}
     slowest = max(timing.p50 for timing in ways.values())
-    rows = []
+    rows: list[BatchRow] = []
     for way, timing in ways.items():
         cells = [significant(figure) for figure in (timing.p50, timing.p90, timing.p99, timing.throughput)]
         if len(ways) > 1:
