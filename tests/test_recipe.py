@@ -41,6 +41,8 @@ def test_a_step_is_a_command_line() -> None:
     )
     named = {"merged": "m.onnx", "against": {"a": "x.onnx", "b": "y.onnx"}, "data": {"a": "d", "b": "e"}}
     assert line_of("validate", named) == "--against a=x.onnx --against b=y.onnx --data a=d --data b=e -- m.onnx"
+    for given, text in ((0.001, "0.001"), ({"a/y": 0.01}, "a/y=0.01"), ([1, "a/y=2"], "1 --atol a/y=2")):
+        assert line_of("validate", {"merged": "m.onnx", "atol": given}) == f"--atol {text} -- m.onnx"
     assert line_of("zip", {"models": ["-a.onnx"], "weights": [1, 0.5]}) == "--weights 1,0.5 -- -a.onnx"
 
 

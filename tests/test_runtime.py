@@ -206,7 +206,7 @@ def test_a_node_that_fails_is_named(capfd):
 
 def test_node_providers_counts_what_ran():
     feeds = {"x": np.ones((1, 4), np.float32)}
-    assert node_providers(dense()[0], feeds, threads=1) == {"cpu": {"Gemm": 1, "Relu": 1}}
+    assert node_providers(dense()[0], feeds, threads=1) == {"cpu": {"MatMul": 1, "Relu": 1}}
 
 
 def test_node_providers_leaves_no_profile_behind(tmp_path, monkeypatch):
@@ -306,6 +306,13 @@ def test_latency_of_merged_and_originals():
     both = latency(a, [a, b], feeds, [feeds, feeds], unshared=(b, feeds), threads=1, runs=5, min_seconds=0)
     check_latency(both, "unshared")
     assert len(both.times["unshared"]) == len(both.times["merged"])
+
+
+def test_inputs_that_do_not_fit_are_told_before_anything_is_timed():
+    model, wrong = dense()[0], {"x": np.ones((1, 5), np.float32)}
+    with pytest.raises(UsageError, match="invalid dimensions") as error:
+        latency(model, [model], wrong, [wrong], threads=1, runs=5, min_seconds=0)
+    one_line(error)
 
 
 def test_latency_of_real_networks():

@@ -75,7 +75,12 @@ def run(
 def prepare_run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
     """A function that runs `session` once on `feeds` and returns when the outputs are there, for timing.
 
-    On a GPU, inputs are copied there beforehand and outputs stay there (IOBinding), so that copies are not timed.
+    On a GPU, inputs are copied there beforehand and outputs stay there (IOBinding), so that copies are not timed. It has
+    run once when it is returned: inputs that do not fit are an error here, and not in what is timed.
+
+    Raises:
+        UsageError: an input is missing, or its type or shape does not fit.
+        ModelError: a node fails.
     """
     taken = _taken(session, feeds)
     if session.get_providers()[0] == PROVIDERS["cpu"]:
@@ -84,6 +89,8 @@ def prepare_run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, np.
         def run_on_cpu() -> None:
             session.run(names, taken)
 
+        with _run_errors():
+            run_on_cpu()
         return run_on_cpu
 
     binding = session.io_binding()
@@ -98,6 +105,8 @@ def prepare_run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, np.
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
+    with _run_errors():
+        run_bound()
     return run_bound
 
 
