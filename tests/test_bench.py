@@ -13,6 +13,7 @@ from test_bounds import errors
 from test_cli import onnxmerge, pair, tiny
 from test_junit import check_junit
 
+from onnxmerge.errors import ModelError
 from onnxmerge.ir.light import read_light
 from onnxmerge.methods.pack.packing import unshared_graph
 from onnxmerge.runtime.session import open_session, random_feeds, run
@@ -97,6 +98,22 @@ def test_originals_in_one_graph_share_nothing(tmp_path: Path, pair: tuple[Path, 
     for task in "ab":
         expected = run(open_session(pair[0]), {"x": feeds[f"{task}/x"]})["logits"]
         np.testing.assert_allclose(found[f"{task}/logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [ModelError("other operator sets"), OSError(28, "No space left on device")])
+def test_originals_that_go_into_no_graph_are_a_note(
+    pair: tuple[Path, Path], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("onnxmerge.methods.timing.oir.save", refuse)
+    code, stdout, stderr = onnxmerge("bench", pair[0], *against(*pair), "--json")
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    (found,) = report["candidates"][0]["batches"]
+    assert found["unshared"] is None and found["speedup"] > 0
+    assert any(f"could not be put into one graph to compare with: {error}" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize(

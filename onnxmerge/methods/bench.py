@@ -52,7 +52,7 @@ def bench_models(
         providers: where to run, short names in order of preference.
         threads: for onnxruntime.
         seed: of the inputs and of the order of runs.
-        runs: timed rounds at least, of each batch size.
+        runs: timed rounds at least, of one sample (see `Timer`).
 
     Raises:
         UsageError: a provider is missing or falls back to another, a model cannot take a batch size, or a speed-up is

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Feeds = Mapping[str, np.ndarray]
 
+FEWEST = 20
+"""Rounds at least, however large the batch; they go on for a second in any case."""
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -43,7 +46,7 @@ class Timer:
         providers: short names in order of preference.
         threads: for onnxruntime; None leaves the choice to it.
         seed: of the inputs and of the order of runs.
-        runs: timed rounds at least.
+        runs: timed rounds at least, of one sample; of larger batches as many samples, but `FEWEST` rounds.
     """
 
     originals: Sequence[Path]
@@ -101,7 +104,7 @@ class Timer:
             paths = [path for path, own in asked if own == size]
             feeds = [self.feeds(path, size) for path in paths]
             ready = {str(p): prepare_run(self._open(p), own) for p, own in zip(paths, feeds, strict=True)}
-            times = measure_latency(ready, runs=self.runs, min_seconds=1.0, seed=self.seed)
+            times = measure_latency(ready, runs=self._rounds(size), min_seconds=1.0, seed=self.seed)
             for path in paths:
                 found[path, size] = Timed(BatchLatency(batch=size, merged=_timing(times[str(path)], size)))
         return found
@@ -118,10 +121,13 @@ class Timer:
             unshared=self._unshared_with(separate),
             threads=self.threads,
             providers=self.providers,
-            runs=self.runs,
+            runs=self._rounds(size),
             seed=self.seed,
         )
         return Timed(self._record(found, size), found.reliable, time.perf_counter() - begun)
+
+    def _rounds(self, size: int) -> int:
+        return max(min(self.runs, FEWEST), self.runs // size)
 
     def _record(self, found: Latency, size: int) -> BatchLatency:
         timings = {name: _timing(times, size) for name, times in found.times.items()}
@@ -149,11 +155,11 @@ class Timer:
         try:
             graphs = {name: read_light(path) for name, path in zip(names, self.originals, strict=True)}
             model, inputs = unshared_graph(graphs)
-        except ModelError as error:
+            oir.save(model, file, external_data=f"{file.name}.data")
+        except (ModelError, OSError) as error:
             self.notes.append(f"The originals could not be put into one graph to compare with: {error}.")
-            return
-        oir.save(model, file, external_data=f"{file.name}.data")
-        self._unshared = file, inputs
+        else:
+            self._unshared = file, inputs
 
     def _unshared_with(self, separate: Sequence[Feeds]) -> tuple[Path, Feeds] | None:
         """The file with all originals, and what it is fed: each original's inputs under the names that they have."""
@@ -170,4 +176,5 @@ class Timer:
 
 def _timing(times: Sequence[float], batch: int) -> Timing:
     p50, p90, p99 = (float(value) for value in np.percentile(times, [50, 90, 99]))
-    return Timing(p50=p50, p90=p90, p99=p99, throughput=1e3 * batch * len(times) / sum(times))
+    throughput = 1e3 * batch * len(times) / sum(times)
+    return Timing(p50=p50, p90=p90, p99=p99, throughput=throughput, rounds=len(times))

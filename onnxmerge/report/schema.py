@@ -87,6 +87,8 @@ class Timing(_Record):
     p99: float
     throughput: float
     """Samples for each second, over all timed rounds together."""
+    rounds: int
+    """Timed rounds; p99 of few of them is close to the slowest."""
 
 
 class BatchLatency(_Record):

@@ -75,8 +75,8 @@ def run(
 def prepare_run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
     """A function that runs `session` once on `feeds` and returns when the outputs are there, for timing.
 
-    On a GPU, inputs are copied there beforehand and outputs stay there (IOBinding), so that copies are not timed. It has
-    run once when it is returned: inputs that do not fit are an error here, and not in what is timed.
+    On a GPU, inputs are copied there beforehand and outputs stay there (IOBinding), so that copies are not timed. The
+    function has run once when it is returned: inputs that do not fit are an error here, not in what is timed.
 
     Raises:
         UsageError: an input is missing, or its type or shape does not fit.
