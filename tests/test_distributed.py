@@ -46,7 +46,7 @@ def losses_of(text: str) -> list[float]:
 
 @pytest.mark.parametrize("batch", [32, 33], ids=["equal parts", "unequal parts"])
 def test_two_processes_have_the_loss_curve_of_one(batch: int, work: Path, tmp_path: Path) -> None:
-    more = ["--batch", batch, "--json", "--accumulate", 2, "--clip", 5.0, "--float32"]
+    more = ["--batch", batch, "--json", "--accumulate", 2, "--clip", 5.0, "--precision", "float32"]
     together = torchrun(*arguments_for(work, *more, "-o", tmp_path / "two", "--report", tmp_path / "two.json"))
     assert together.returncode == 0, together.stderr
     report = json.loads(together.stdout)  # one process alone prints
