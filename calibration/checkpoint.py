@@ -31,7 +31,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], run: Mapping[str
     Raises:
         UsageError: the disk is full or the folder cannot be written.
     """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         try:
             save_file(stored, temporary, {"run": json.dumps(run)})

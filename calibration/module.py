@@ -187,7 +187,7 @@ class GraphModule(torch.nn.Module):
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """A 4-D tensor in the order in which it is convolved faster (on a CPU a seventh in float32, a third in bfloat16)."""
+    """A 4-D tensor in the memory order that is convolved faster (on CPUs a seventh in float32, a third in bfloat16)."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 

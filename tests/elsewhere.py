@@ -1,9 +1,9 @@
 """A device that is not the CPU, for machines without a GPU: its tensors have values, and never meet those of the CPU.
 
-Within `Elsewhere`, a tensor that is made on "meta" or moved there keeps its numbers, and all that torch computes with it
-is there too, bit for bit what a CPU computes. As on a GPU, only `.cpu()`, `.item()`, `.tolist()` and `copy_` bring it
-back, and only a number (a CPU tensor without axes) may be combined with it. Anything else is a fault:
-a tensor that was made on the CPU for lack of `device=`, or `.numpy()` of what is not there.
+Within `Elsewhere`, a tensor that is made on "meta" or moved there keeps its numbers, and whatever torch computes with
+it is there too, bit for bit what a CPU computes. As on a GPU, only `.cpu()`, `.item()`, `.tolist()` and `copy_` bring
+it back, and only a number (a CPU tensor without axes) may be combined with it. Anything else is a fault: a tensor that
+was made on the CPU for lack of `device=`, or `.numpy()` of what is not there.
 """
 
 from typing import Any
@@ -80,9 +80,9 @@ def _computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     away = any(isinstance(own, _Away) for own in tensors)
     wanted = kwargs.get("device")
     if away and name not in _BOTH_PLACES:
-        strange = [own for own in tensors if not isinstance(own, _Away) and own.dim()]
-        if strange:
-            raise RuntimeError(f"{name}: a CPU tensor of shape {list(strange[0].shape)} meets tensors that are elsewhere")
+        strange = next((own for own in tensors if not isinstance(own, _Away) and own.dim()), None)
+        if strange is not None:
+            raise RuntimeError(f"{name}: a CPU tensor of shape {list(strange.shape)} meets tensors that are elsewhere")
     if wanted is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     there = (away if name != "aten::copy_" else isinstance(args[0], _Away)) if wanted is None else wanted == ELSEWHERE

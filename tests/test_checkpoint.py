@@ -43,6 +43,7 @@ def run(merged: onnx_ir.Model, checkpoint: Checkpoint | None, kill_at: int | Non
 WAYS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "bfloat16": {"precision": "bfloat16"},
+    "float16": {"precision": "float16", "logit_weight": 300.0},  # large enough to halve the scale
     "sgd": {"optimiser": "sgd", "rate": 1e-3, "accumulate": 2, "clip": 1.0},
     "without momentum": {"optimiser": "sgd", "rate": 1e-3, "momentum": 0.0},
     "batch statistics": {"norm_statistics": "updating"},
