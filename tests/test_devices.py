@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,12 +12,15 @@ import torch
 from calibrating import interrupted_at, merge, train, weights
 from elsewhere import ELSEWHERE, Elsewhere
 from gating import wide
+from test_calibrate import calibrate, work
 from test_checkpoint import run
 from test_cli import onnxmerge
+from test_distributed import losses_of, torchrun
 from test_engine import Line, settings
 from test_gate_learning import LABELS, MEAN, source
 from torch import Tensor
 
+import onnxmerge as package
 import onnxmerge.calibration.devices as devices
 import onnxmerge.calibration.distillation as distillation
 import onnxmerge.calibration.engine as engine
@@ -28,8 +31,11 @@ from onnxmerge.calibration.engine import train as train_problem
 from onnxmerge.calibration.gating import fine_tune, learn_gates
 from onnxmerge.calibration.objective import FeatureTap
 from onnxmerge.calibration.operators import OPERATORS
-from onnxmerge.calibration.settings import Checkpoint, Settings, Training
+from onnxmerge.calibration.settings import Checkpoint, Precision, Settings, Training
 from onnxmerge.errors import UsageError
+from onnxmerge.methods.zip.choices import Start
+
+__all__ = ["work"]  # a fixture
 
 
 @contextlib.contextmanager
@@ -174,6 +180,18 @@ def test_half_precision_learns_what_float32_learns(precision: str) -> None:
     np.testing.assert_allclose([loss for _, loss in half.losses], [loss for _, loss in full.losses], rtol=0.05)
 
 
+def test_the_precision_is_an_option(work: Path, tmp_path: Path) -> None:
+    found = {}
+    for own in get_args(Precision):
+        code, stdout, stderr = calibrate(work, "-o", tmp_path / own, "--precision", own, "--json")
+        assert code == 0, stderr
+        found[own] = losses_of(stdout)
+    assert found["float16"] != found["float32"] != found["bfloat16"]
+    for half in ("bfloat16", "float16"):
+        assert found[half][-1] == pytest.approx(found["float32"][-1], rel=0.05)
+    assert calibrate(work, "-o", tmp_path / "no", "--precision", "half")[0] == 2
+
+
 # --- which device -----------------------------------------------------------------------------------------------------
 
 
@@ -246,4 +264,75 @@ def test_a_gpu_that_is_not_there_is_told_before_anything_is_read(
 
 # --- the networks that ship with the package --------------------------------------------------------------------------
 
-DEMO = Path(devices.__file__).parents[1] / "onnxmerge/demo"
+DEMO = Path(package.__file__).parent / "demo"
+DEMO_TASKS = ("digits", "fashion")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch does not find two GPUs")
+
+
+@pytest.fixture(scope="module")
+def zipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both networks in one, all hidden layers shared, not trained."""
+    folder = tmp_path_factory.mktemp("demo")
+    models, data = ([DEMO / f"{task}.{kind}" for task in DEMO_TASKS] for kind in ("onnx", "yaml"))
+    how = package.ZipSettings(
+        share="5", steps=0, samples=500, starts=(Start.KEEP,), max_drop=None, measure=False, threads=1
+    )
+    package.zip_models(models, dict(zip(DEMO_TASKS, data, strict=True)), folder / "zipped", settings=how)
+    return folder / "zipped/merged.onnx"
+
+
+def options_for(model: Path, output: Path, *more: object) -> list[object]:
+    given: list[object] = ["calibrate", model, "-o", output, "--json", "--threads", 1, "--evaluations", 2]
+    for task in DEMO_TASKS:
+        given += ["--teacher", DEMO / f"{task}.onnx", "--data", f"{task}={DEMO / task}.yaml"]
+    return [*given, "--steps", 20, *more]
+
+
+def losses(model: Path, output: Path, *more: object) -> list[float]:
+    """The held-out losses of a calibration."""
+    code, stdout, stderr = onnxmerge(*options_for(model, output, *more))
+    assert code == 0, stderr
+    return losses_of(stdout)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_learns_what_a_cpu_learns(zipped: Path, tmp_path: Path) -> None:
+    expected = losses(zipped, tmp_path / "cpu", "--precision", "float32", "--device", "cpu")
+    found = losses(zipped, tmp_path / "cuda", "--precision", "float32", "--device", "cuda")
+    assert found == pytest.approx(expected, rel=1e-3) and found != expected
+    for half in ("bfloat16", "float16"):
+        found = losses(zipped, tmp_path / half, "--precision", half, "--device", "cuda")
+        assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_resumed_run_on_a_gpu_ends_with_the_same_bytes(precision: str, tmp_path: Path) -> None:
+    whole, stopped, resumed = (merge() for _ in range(3))
+    how, path = {"precision": precision, "device": "cuda"}, tmp_path / "c"
+    expected = run(whole, None, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted_at(patch, 19)
+        assert run(stopped, Checkpoint(path), **how).interrupted
+    assert run(resumed, Checkpoint(path, resume=True), **how) == expected
+    assert weights(resumed) == weights(whole) != weights(stopped)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gates_are_learned_on_a_gpu() -> None:
+    own = wide("residual")
+    found = learn_gates(own.model, own.places, [source(own, "residual", 5)], replace(LABELS, device="cuda"))
+    assert found.outcome.failure is None and np.isfinite(found.gates).all()
+
+
+@pytest.mark.gpu
+@needs_gpus
+def test_two_gpus_have_the_loss_curve_of_one(zipped: Path, tmp_path: Path) -> None:
+    more = ("--precision", "float32", "--device", "cuda")
+    together = torchrun(*options_for(zipped, tmp_path / "two", *more))
+    assert together.returncode == 0, together.stderr
+    assert losses_of(together.stdout) == pytest.approx(losses(zipped, tmp_path / "one", *more), rel=1e-3)
