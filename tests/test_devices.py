@@ -304,7 +304,7 @@ def test_a_gpu_learns_what_a_cpu_learns(zipped: Path, tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-3) and found != expected
     for half in ("bfloat16", "float16"):
         found = losses(zipped, tmp_path / half, "--precision", half, "--device", "cuda")
-        assert found == pytest.approx(expected, rel=0.05)
+        assert found == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.gpu
