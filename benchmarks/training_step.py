@@ -4,8 +4,8 @@ python benchmarks/training_step.py [--rounds 40] [--batch 64] [--device cpu|cuda
 
 Forward, backward and one step of AdamW for a ResNet-20 and a MobileNetV1 on 32x32 images, in float32 and in bfloat16,
 channels last for both; the engine also looks whether all gradients are numbers, and each array has a rate of its own.
-The two take turns; medians. A ratio of 1 says that the engine costs nothing. On a GPU the clock is read when all work is
-done, and where nvidia-smi is at hand a last column says how much of its time the GPU computes while the engine trains.
+The two take turns; medians. A ratio of 1 says that the engine costs nothing. On a GPU the clock is read when all is
+done; where nvidia-smi is at hand a last column says for how much of its time the GPU computes while the engine trains.
 """
 
 import argparse

@@ -26,6 +26,7 @@ import onnxmerge.calibration.distillation as distillation
 import onnxmerge.calibration.engine as engine
 import onnxmerge.calibration.gating as gating
 import onnxmerge.calibration.objective as objective
+from onnxmerge.calibration import ranks
 from onnxmerge.calibration.engine import Done
 from onnxmerge.calibration.engine import train as train_problem
 from onnxmerge.calibration.gating import fine_tune, learn_gates
@@ -220,6 +221,22 @@ def test_each_process_has_a_gpu_of_its_own(
     else:
         with pytest.raises(UsageError, match=expected):
             devices.chosen_device(wanted)
+
+
+def test_gpus_exchange_through_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(ranks.dist, "init_process_group", told.append)
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
+    with ranks.joined("cuda"):
+        assert told == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
+    told.clear()
+    with ranks.joined("cpu"):
+        assert told == ["gloo"]
 
 
 @pytest.mark.parametrize(
