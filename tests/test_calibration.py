@@ -53,7 +53,8 @@ def test_no_steps_change_nothing() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_one_seed_gives_the_same_bytes(precision: str) -> None:
     first, second, other = merge(), merge(), merge()
-    runs = [train(model, precision=precision, steps=20, seed=s)[0] for model, s in ((first, 3), (second, 3), (other, 4))]
+    how = {"precision": precision, "steps": 20}
+    runs = [train(model, seed=seed, **how)[0] for model, seed in ((first, 3), (second, 3), (other, 4))]
     assert runs[0] == runs[1] and weights(first) == weights(second)
     assert weights(first) != weights(other)
 
