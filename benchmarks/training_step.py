@@ -1,17 +1,21 @@
 """One training step of a graph in the training engine, against the same network and step written by hand in torch.
 
-python benchmarks/training_step.py [--rounds 40] [--batch 64]
+python benchmarks/training_step.py [--rounds 40] [--batch 64] [--device cpu|cuda]
 
 Forward, backward and one step of AdamW for a ResNet-20 and a MobileNetV1 on 32x32 images, in float32 and in bfloat16,
 channels last for both; the engine also looks whether all gradients are numbers, and each array has a rate of its own.
-The two take turns; medians. A ratio of 1 says that the engine costs nothing.
+The two take turns; medians. A ratio of 1 says that the engine costs nothing. On a GPU the clock is read when all is
+done; where nvidia-smi is at hand a last column says for how much of its time the GPU computes while the engine trains.
 """
 
 import argparse
+import os
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,10 +26,14 @@ import torch
 from torch import Tensor, nn
 
 import onnxmerge.calibration.engine as engine
+from onnxmerge.calibration.devices import chosen_device, computing
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.settings import Training
 from onnxmerge.ir.load import load
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
+
+STEPS = 1_000_000
+"""Of the schedule, which must not end while a GPU is watched."""
 
 
 class _Folded(nn.Module):
@@ -67,52 +75,80 @@ class _Shrinking:
     def settle(self, step: int) -> None: ...
 
 
-def by_hand(network: nn.Module, images: Tensor, optimiser: torch.optim.Optimizer, bfloat16: bool) -> float:
+def by_hand(network: nn.Module, images: Tensor, optimiser: torch.optim.Optimizer, settings: Training) -> float:
     """Take a step; its loss."""
     optimiser.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         loss = network(images).float().square().mean()
     loss.backward()
     optimiser.step()
     return loss.item()
 
 
-def ratio(build: nn.Module, rounds: int, batch: int, bfloat16: bool) -> list[str]:
-    """Milliseconds of both, and their ratio."""
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def utilisation(step: Callable[[], object]) -> str:
+    """Percent of its time that the GPU computes while `step` is taken again and again, for three seconds."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    asked = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", "-i", gpu]
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as watching:
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < 3:
+            step()
+        watching.terminate()
+        told = [int(line) for line in watching.communicate()[0].split() if line.isdigit()]
+    return f"{statistics.median(told[len(told) // 2 :]):.0f} %" if told else ""
+
+
+def ratio(build: nn.Module, rounds: int, batch: int, settings: Training, device: torch.device) -> list[str]:
+    """Milliseconds of both, and their ratio; of a GPU also how busy the engine keeps it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         five_tasks.export(build.eval(), path)
         model = load(path)
     FoldBatchNorm()(model)
-    graph = GraphModule(model)
-    own = _Folded(build).to(memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    settings = Training(steps=rounds + 3, rate=1e-4, relative_rate=False, bfloat16=bfloat16)
+    graph = GraphModule(model).to(device)
+    own = _Folded(build).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, 32, 32).to(device, memory_format=torch.channels_last)
     loop, optimiser = engine._Loop(_Shrinking(graph, images), settings), torch.optim.AdamW(own.parameters(), 1e-4)
-    sides = (loop.advance, lambda _: by_hand(own, images, optimiser, bfloat16))
+    sides = (loop.advance, lambda _: by_hand(own, images, optimiser, settings))
     times: list[list[float]] = [[], []]
     for number in range(1, rounds + 4):
         for side, step in enumerate(sides):
-            begun = time.perf_counter()
+            begun = now(device)
             step(number)
             if number > 3:
-                times[side].append(time.perf_counter() - begun)
+                times[side].append(now(device) - begun)
     ours, theirs = (1e3 * statistics.median(own) for own in times)
-    return [f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}"]
+    row = [f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}"]
+    return [*row, utilisation(lambda: loop.advance(rounds + 3))] if is_watched(device) else row
+
+
+def is_watched(device: torch.device) -> bool:
+    """Whether somebody knows how busy it is."""
+    return device.type == "cuda" and shutil.which("nvidia-smi") is not None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = []
+    device, rows = chosen_device(options.device), []
     for name, build in (("ResNet-20", five_tasks.residual_network), ("MobileNetV1", mobilenets.mobile_network)):
-        for bfloat16 in (False, True):
-            precision = "bfloat16" if bfloat16 else "float32"
-            rows.append([name, precision, *ratio(build(10), options.rounds, options.batch, bfloat16)])
-    print(markdown.table(["network", "precision", "engine, ms", "by hand, ms", "throughput of the engine"], rows))
+        for precision in ("float32", "bfloat16"):
+            how = Training(steps=STEPS, rate=1e-4, relative_rate=False, precision=precision)
+            with computing(None):
+                rows.append([name, precision, *ratio(build(10), options.rounds, options.batch, how, device)])
+    columns = ["network", "precision", "engine, ms", "by hand, ms", "throughput of the engine"]
+    print(markdown.table([*columns, "GPU busy"] if is_watched(device) else columns, rows))
 
 
 if __name__ == "__main__":

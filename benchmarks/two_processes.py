@@ -30,7 +30,8 @@ def calibrated(merged: Path, folder: Path, processes: int, steps: int, batch: in
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     given = [part for task in TASKS for part in ("--teacher", DEMO / f"{task}.onnx")]
     given += [part for task in TASKS for part in ("--data", f"{task}={DEMO / f'{task}.yaml'}")]
-    given += ["--steps", steps, "--batch", batch, "--threads", 1, "--float32", "--tensorboard", folder / "log"]
+    given += ["--steps", steps, "--batch", batch, "--threads", 1, "--precision", "float32"]
+    given += ["--tensorboard", folder / "log"]
     command = [sys.executable, *launcher, "-m", "onnxmerge", "calibrate", merged, *given, "-o", folder / "out"]
     subprocess.run(
         list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}

@@ -2,8 +2,9 @@
 
 A checkpoint is one safetensors file. Its tensors are `trained/NAME`, what is trained as it is now; `best/NAME`, as it
 was when judged best; `optimiser/NUMBER/KEY`, the optimiser's state of each parameter. Its metadata hold one JSON text,
-`run`: the step, the held-out losses so far, the settings of the optimiser and its schedule at that step, and the
-fingerprint of the run. The order of the samples and all other randomness follow from the seed and the step.
+`run`: the step, the held-out losses so far, the settings of the optimiser and its schedule at that step, the scale of
+the loss, and the fingerprint of the run. The order of the samples and all other randomness follow from the seed and the
+step.
 """
 
 import contextlib
@@ -72,7 +73,7 @@ def restore_optimiser(
     for name, tensor in tensors.items():
         number, key = name.split("/", 1)
         like = parameters[int(number)]
-        if tensor.shape == like.shape:  # in the parameter's memory order, as it was
+        if key != "step":  # which stays on the CPU; the rest in the parameter's memory order and place, as it was
             tensor = torch.empty_like(like, requires_grad=False).copy_(tensor)
         state.setdefault(int(number), {})[key] = tensor
     optimiser.load_state_dict({"state": state, "param_groups": facts["groups"]})

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from onnxmerge.calibration import ranks
 from onnxmerge.calibration.ahead import Ahead
-from onnxmerge.calibration.engine import Outcome, Progress, mixed, threads, train
+from onnxmerge.calibration.devices import chosen_device, computing, mixed
+from onnxmerge.calibration.engine import Outcome, Progress, train
 from onnxmerge.calibration.judge import Judge
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import FeatureTap, Objective
@@ -65,7 +66,8 @@ def calibrate(
     Raises:
         ModelError: an operator has no gradient implementation, or the merged and the original shapes differ.
         UsageError: the data lack an input or labels that are needed, a label is no class, a name is no value of its
-            model, or none of the losses with a weight applies to a task.
+            model, none of the losses with a weight applies to a task, or there is no GPU that was asked for, or one
+            with too little memory.
     """
     teachers_of = Counter(frozenset(names) for names in outputs.values())
     counts = weights or dict.fromkeys(teachers, 1.0)
@@ -84,7 +86,8 @@ def calibrate(
         for task, teacher in teachers.items()
     ]
     student = GraphModule(merged, [name for o in objectives for name in o.outputs])
-    with threads(settings.threads):
+    with computing(settings.threads):
+        student.to(chosen_device(settings.device))
         streams = group(student, objectives, data, held_out)
         outcome = solve(Distillation(student, streams, data, held_out, settings), settings, progress, checkpoint)
     if outcome.best_step > 0:
@@ -149,7 +152,7 @@ class Distillation:
             for objective in stream.objectives:
                 split = self._data[objective.task]
                 if own > len(split):
-                    with mixed(settings):
+                    with mixed(settings, self._student.device):
                         left -= objective.remember(split, self._batch, left)
 
     @property

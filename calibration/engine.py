@@ -1,6 +1,5 @@
 """The training loop: what is trained, and towards what, is the business of a `Problem`."""
 
-import contextlib
 import hashlib
 import math
 import time
@@ -20,6 +19,7 @@ from onnxmerge.calibration.checkpoint import (
     restore_optimiser,
     write_checkpoint,
 )
+from onnxmerge.calibration.devices import mixed
 from onnxmerge.calibration.optimisers import make_optimiser
 from onnxmerge.calibration.settings import Checkpoint, Training
 
@@ -131,7 +131,7 @@ def train(
         done = 0 if checkpoint is None else loop.resume(checkpoint)
         if not done:
             loop.evaluate(0)
-        with torch.random.fork_rng(devices=()):
+        with torch.random.fork_rng(devices=[loop.device.index] if loop.device.type == "cuda" else []):
             while done < settings.steps and not loop.has_stalled:
                 done += 1
                 loss = loop.advance(done)
@@ -157,6 +157,7 @@ class _Loop:
     Attributes:
         outcome: so far.
         best: the weights to keep.
+        device: where the weights are.
         scalars: what is known of the last step.
     """
 
@@ -164,7 +165,9 @@ class _Loop:
         self.problem, self.settings = problem, settings
         self.outcome, self.best = Outcome(), BestWeights(problem.trained)
         self._parameters = {n: t for n, t in problem.trained.items() if isinstance(t, torch.nn.Parameter)}
+        self.device = next(iter(self._parameters.values())).device
         self._optimiser, self._schedule = make_optimiser(list(self._parameters.values()), settings)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self._norms: Tensor | None = None
         self.scalars: dict[str, float] = {}
         self._fingerprint, self._saved = "", time.monotonic()
@@ -179,6 +182,7 @@ class _Loop:
         copy_into(self.problem.trained, _under("trained", tensors))
         self.best.kept, self.best.step, self.best.loss = _under("best", tensors), run["best_step"], run["best_loss"]
         restore_optimiser(self._optimiser, self._schedule, _under("optimiser", tensors), run["optimiser"])
+        self._scaler.load_state_dict(run["scaler"])
         self.outcome.losses = [(step, loss) for step, loss in run["losses"]]
         self.problem.skip(run["step"] * self.settings.accumulate)
         return int(run["step"])
@@ -199,6 +203,7 @@ class _Loop:
             "best_loss": self.best.loss,
             "losses": self.outcome.losses,
             "optimiser": optimiser_facts(self._optimiser, self._schedule),
+            "scaler": self._scaler.state_dict(),
         }
         tensors = {f"{part}/{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
         write_checkpoint(checkpoint.path, tensors, run)
@@ -206,6 +211,9 @@ class _Loop:
 
     def advance(self, step: int) -> float:
         """Take one step; returns its loss.
+
+        A step whose scaled gradients overflow changes no parameter. The schedule goes on: rates, like all that depends
+        on time, follow from the number of the step.
 
         Raises:
             _Failed: the loss or a gradient is not finite; nothing was changed.
@@ -219,14 +227,20 @@ class _Loop:
             for name, term in self.problem.terms.items():
                 terms[name] = terms.get(name, 0.0) + term / self.settings.accumulate
         loss, *shared = self._share([own, *terms.values()])
-        norm, rate = self._bound(step, loss), self._rate()
+        self._scaler.unscale_(self._optimiser)
+        norm, rate, scale = self._bound(step, loss), self._rate(), self._scaler.get_scale()
+        if norm is None:
+            self._optimiser.zero_grad(set_to_none=True)  # without gradients the optimiser leaves all as it is
         self._optimiser.step()
+        self._scaler.update()
         ranks.average([tensor for name, tensor in self.problem.trained.items() if name not in self._parameters])
         self.problem.settle(step)
         self._schedule.step()
         samples = self.settings.accumulate * self.problem.samples
         self.scalars = {"loss/all": loss} | {f"loss/{name}": term for name, term in zip(terms, shared, strict=True)}
-        self.scalars |= {"rate": rate, "gradient norm": norm, "samples per second": samples / _seconds_since(begun)}
+        self.scalars |= {"rate": rate, "samples per second": samples / _seconds_since(begun)}
+        self.scalars |= {} if norm is None else {"gradient norm": norm}
+        self.scalars |= {"loss scale": scale} if self._scaler.is_enabled() else {}
         return loss
 
     def evaluate(self, step: int) -> float:
@@ -246,18 +260,18 @@ class _Loop:
         """Add up the gradients of one round of losses; returns their sum."""
         total, losses = 0.0, self.problem.losses()
         while True:
-            with mixed(self.settings):
+            with mixed(self.settings, self.device):
                 loss = next(losses, None)
             if loss is None:
                 return total
             if self.settings.accumulate > 1:
                 loss = loss / self.settings.accumulate
-            loss.backward()
+            self._scaler.scale(loss).backward()
             total += loss.item()
 
     def _share(self, losses: list[float]) -> list[float]:
         """Average the gradients of all processes, and their losses."""
-        shared = torch.tensor(losses)
+        shared = torch.tensor(losses, device=self.device)
         ranks.average([p.grad for p in self._parameters.values() if p.grad is not None] + [shared])
         return losses if ranks.count() == 1 else shared.tolist()
 
@@ -266,11 +280,16 @@ class _Loop:
         group = self._optimiser.param_groups[0]
         return float(self.settings.rate * group["lr"] / group.get("max_lr", group["initial_lr"]))
 
-    def _bound(self, step: int, loss: float) -> float:
-        """Clip the gradients, refuse what is not finite; the norm of all before it was clipped."""
+    def _bound(self, step: int, loss: float) -> float | None:
+        """Clip the gradients, refuse what is not finite; the norm of all before it was clipped.
+
+        None: they overflow, and may not once the loss is scaled less.
+        """
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         norms = torch.stack([gradient.norm() for gradient in gradients.values()]).float()
         if not (math.isfinite(loss) and bool(norms.isfinite().all())):
+            if math.isfinite(loss) and self._scaler.get_scale() > 1:
+                return None
             told = norms if self._norms is None else self._norms  # those of the failed step are no numbers themselves
             norm, place = told.nan_to_num(math.inf, math.inf).max(0)
             what = f"the loss became {loss}" if not math.isfinite(loss) else "a gradient is no longer finite"
@@ -307,26 +326,3 @@ def fingerprint(recipe: str, settings: Training, start: Mapping[str, Tensor]) ->
 def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds under `part`/."""
     return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Let torch use `count` CPU threads (None: as many as before) while this lasts."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count or before)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def mixed(settings: Training) -> torch.autocast:
-    """The precision in which a run computes, for as long as this lasts."""
-    enabled = native_bfloat16() if settings.bfloat16 is None else settings.bfloat16
-    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-
-
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers in hardware."""
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public name for it
-    return bool(probe and probe())

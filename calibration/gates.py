@@ -44,7 +44,7 @@ class HardConcrete(torch.nn.Module):
 
     def draw(self, samples: int) -> Tensor:
         """[samples, gates] Gates drawn for each sample, from torch's generator."""
-        u = torch.rand(samples, len(self.scaled)).clamp(1e-6, 1 - 1e-6)
+        u = torch.rand(samples, len(self.scaled), device=self.scaled.device).clamp(1e-6, 1 - 1e-6)
         return _stretched((u.logit() + self.log_alpha) / BETA)
 
     def settled(self) -> Tensor:
@@ -53,7 +53,7 @@ class HardConcrete(torch.nn.Module):
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """[gates] Mean and variance of what `draw` draws, over equally likely u."""
-        u = (torch.arange(_QUANTILES) + 0.5) / _QUANTILES
+        u = (torch.arange(_QUANTILES, device=self.scaled.device) + 0.5) / _QUANTILES
         drawn = _stretched((u.logit()[:, None] + self.log_alpha) / BETA)
         return drawn.mean(0), drawn.var(0, correction=0)
 

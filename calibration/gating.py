@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from onnxmerge.calibration import ranks
+from onnxmerge.calibration.devices import chosen_device, computing
 from onnxmerge.calibration.distillation import Distillation, solve
-from onnxmerge.calibration.engine import Outcome, Progress, threads
+from onnxmerge.calibration.engine import Outcome, Progress
 from onnxmerge.calibration.gates import HardConcrete, growing_weight
 from onnxmerge.calibration.module import GraphModule
 from onnxmerge.calibration.objective import Objective
@@ -76,14 +77,15 @@ def learn_gates(
     Raises:
         ModelError, UsageError: see `onnxmerge.calibration.objective.Objective`.
     """
-    with threads(settings.threads):
+    with computing(settings.threads):
         module = GatedModule(widened, places, settings.seed, settings.batch * _together(sources))
+        module.to(chosen_device(settings.device))
         objectives = _objectives(widened, sources, settings)
         outcome = solve(_Gating(module, objectives, sources, settings), settings, progress, checkpoint)
     module.write_back(widened)
     gates = module.gates
     found = (gates.log_alpha, gates.settled(), gates.probability())
-    return Learned(outcome, *(tensor.detach().numpy().astype(np.float64) for tensor in found))
+    return Learned(outcome, *(tensor.detach().cpu().numpy().astype(np.float64) for tensor in found))
 
 
 def fine_tune(
@@ -98,8 +100,8 @@ def fine_tune(
     Raises:
         ModelError, UsageError: see `onnxmerge.calibration.objective.Objective`.
     """
-    with threads(settings.threads):
-        module = GraphModule(student)
+    with computing(settings.threads):
+        module = GraphModule(student).to(chosen_device(settings.device))
         objectives = _objectives(student, sources, settings)
         outcome = solve(_FineTuning(module, objectives, sources, settings), settings, progress, checkpoint)
     if outcome.best_step > 0:
@@ -138,11 +140,12 @@ class GatedModule(GraphModule):
             start = int(np.array_split(np.arange(len(drawn)), ranks.count())[ranks.rank()][0])
             gates = drawn[start : start + samples]
         else:
-            gates = self.gates.settled()[None].masked_fill(torch.from_numpy(self._closed()), 0)
+            gates = self.gates.settled()[None]
+            gates = gates.masked_fill(torch.from_numpy(self._closed()).to(gates.device), 0)
         return {gate_input(own.name): _spread(gates, own) for own in self._places.values}
 
     def _closed(self) -> np.ndarray:
-        return self._places.closed(self._places.kept(self.gates.log_alpha.detach().numpy()))
+        return self._places.closed(self._places.kept(self.gates.log_alpha.detach().cpu().numpy()))
 
 
 class AllTogether(Stream):
@@ -252,8 +255,8 @@ def _are_apart(sources: Sequence[Source]) -> bool:
 
 def _spread(gates: Tensor, value: GatedValue) -> Tensor:
     """[samples, gates] as the value's gates: [samples, 1, ..., positions, ..., 1]."""
-    index = torch.from_numpy(value.gate)
-    along = torch.cat([gates, torch.ones(len(gates), 1)], dim=1)[:, index]  # the last, at -1, is open
+    index = torch.from_numpy(value.gate).to(gates.device)
+    along = torch.cat([gates, gates.new_ones(len(gates), 1)], dim=1)[:, index]  # the last, at -1, is open
     return along.reshape(len(gates), *[1] * (value.axis - 1), len(index), *[1] * (value.rank - value.axis - 1))
 
 

@@ -1,5 +1,6 @@
 """An ONNX graph as a torch module: interpreted node by node, so that gradients reach its weights."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -119,6 +120,11 @@ class GraphModule(torch.nn.Module):
             name: getattr(self, self._attribute_of[name]) for name, role in self.roles.items() if role is Role.STATISTIC
         }
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(itertools.chain(self.parameters(), self.buffers(), [torch.empty(0)])).device
+
     def write_back(self, model: onnx_ir.Model) -> None:
         """Put the current parameters and running statistics into the initializers of the same names, in their type."""
         for name, role in self.roles.items():
@@ -129,12 +135,20 @@ class GraphModule(torch.nn.Module):
                 array = parameter.numpy().astype(value.const_value.dtype.numpy())
                 value.const_value = onnx_ir.tensor(array, dtype=value.const_value.dtype, name=name)
 
+    def _keep_constant(self, node: onnx_ir.Node) -> None:
+        """Hold what a node always gives, where the weights are."""
+        name = str(node.outputs[0].name)
+        if name not in self._attribute_of:
+            step = _prepare(node, ())
+            (value,) = _run(step, [], step.function)
+            self._register(name, value.to(self.device))
+
     def _register(self, name: str, tensor: Tensor) -> None:
         # Names of initializers hold dots, which torch reserves.
         attribute = f"initializer{len(self._attribute_of)}"
         self._attribute_of[name] = attribute
         tensor = channels_last(tensor)
-        if self.roles[name] in (Role.CONSTANT, Role.STATISTIC):
+        if self.roles.get(name, Role.CONSTANT) in (Role.CONSTANT, Role.STATISTIC):
             self.register_buffer(attribute, tensor)
         else:
             self.register_parameter(attribute, torch.nn.Parameter(tensor))
@@ -157,7 +171,9 @@ class GraphModule(torch.nn.Module):
                 continue
             needed.add(node)
             wanted.extend(str(value.name) for value in node.inputs if value is not None)
-        nodes = [node for node in self._graph if node in needed]
+        for node in (node for node in needed if node.op_type == "Constant"):
+            self._keep_constant(node)
+        nodes = [node for node in self._graph if node in needed and node.op_type != "Constant"]
         last = {str(value.name): node for node in nodes for value in (*node.inputs, *node.outputs) if value is not None}
         kept = {*outputs, *self._attribute_of}
         steps = []
@@ -171,7 +187,7 @@ class GraphModule(torch.nn.Module):
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """A 4-D tensor in the memory order in which CPUs convolve faster (a seventh in float32, a third in bfloat16)."""
+    """A 4-D tensor in the memory order that is convolved faster (on CPUs a seventh in float32, a third in bfloat16)."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
@@ -200,6 +216,8 @@ def _prepare(node: onnx_ir.Node, finished: tuple[str, ...]) -> _Step:
 def _run(step: _Step, inputs: list[Tensor | None], function: Operator) -> tuple[Tensor, ...]:
     try:
         result = function(step.attributes, *inputs)
+    except torch.cuda.OutOfMemoryError:  # which is no fault of the model
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{step.label}: {reason}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onnxmerge.calibration import losses, ranks
+from onnxmerge.calibration.devices import chosen_device, moved
 from onnxmerge.calibration.module import GraphModule, channels_last
 from onnxmerge.calibration.remembered import Remembered
 from onnxmerge.calibration.settings import Settings
@@ -71,10 +72,10 @@ class Objective:
 
         Raises:
             ModelError: the task has no float output, or the teacher cannot be run.
-            UsageError: a name is no value of its model.
+            UsageError: a name is no value of its model, or there is no GPU that was asked for.
         """
         self.task, self.inputs = task, dict(inputs)
-        self._settings, self._share = settings, share
+        self._settings, self._share, self._device = settings, share, chosen_device(settings.device)
         self._terms: dict[str, float] = {}
         self._counts = share
         self._remembered: Remembered | None = None
@@ -86,9 +87,11 @@ class Objective:
         self._labelled = (_softmax_input(merged, first) or first, first) if settings.label_weight else None
         matches = settings.kl_weight or settings.logit_weight
         self._outputs = [_logits(merged, teacher, s, t) for s, t in floats.items()] if matches else []
-        self._taps = [_tapped(tap) for tap in taps if tap.task == task] if settings.feature_weight else []
+        self._taps = [_tapped(tap, self._device) for tap in taps if tap.task == task] if settings.feature_weight else []
         pairs = self._outputs + self._taps
         self._teacher = GraphModule(teacher, [pair.teacher for pair in pairs]).requires_grad_(False) if pairs else None
+        if self._teacher is not None:
+            self._teacher.to(self._device)
         self._variances = [1.0] * len(self._outputs)
 
     @property
@@ -109,7 +112,7 @@ class Objective:
 
     def feed(self, batch: Batch) -> dict[str, Tensor]:
         """The merged model's inputs for `batch`."""
-        return {student: _input(batch, teacher, self.task) for student, teacher in self.inputs.items()}
+        return {student: self._input(batch, teacher) for student, teacher in self.inputs.items()}
 
     def output_targets(self, batch: Batch) -> list[Tensor]:
         """The teacher's outputs for `batch`; none where no loss needs them."""
@@ -123,7 +126,7 @@ class Objective:
         """The teacher's outputs for `batch`, then its feature maps in the merged model's channel order."""
         if self._remembered is not None:
             assert batch.numbers is not None
-            return self._remembered(batch.numbers)
+            return [moved(value, self._device) for value in self._remembered(batch.numbers)]
         pairs = self._outputs + self._taps
         return [
             value if pair.channels is None else value.index_select(1, pair.channels)
@@ -148,7 +151,7 @@ class Objective:
             ModelError: the shapes of an output and its target differ.
             UsageError: labels are needed and missing or do not fit the output, or no loss applies to the outputs.
         """
-        weights, total = self._settings, torch.zeros(())
+        weights, total = self._settings, torch.zeros((), device=self._device)
         self._terms, self._counts = {}, self._share
         for pair, z_t, variance in zip(self._outputs, targets, self._variances, strict=False):
             z = values[pair.student].float()
@@ -202,10 +205,17 @@ class Objective:
         if self._teacher is None:
             return []
         names = [pair.teacher for pair in pairs]
-        inputs = {name: _input(batch, name, self.task) for name in self.inputs.values()}
+        inputs = {name: self._input(batch, name) for name in self.inputs.values()}
         with torch.no_grad():
             values = self._teacher(inputs, names)
         return [values[name].float() for name in names]
+
+    def _input(self, batch: Batch, name: str) -> Tensor:
+        """The batch's array for one input; tasks with one input may share data whatever they call it."""
+        if name not in batch.inputs and len(batch.inputs) != 1:
+            raise UsageError(f"the data of task {self.task!r} has no array for the input {name!r}")
+        array = batch.inputs[name] if name in batch.inputs else next(iter(batch.inputs.values()))
+        return moved(channels_last(torch.tensor(array)), self._device)
 
     def _check_shapes(self, pair: Pair, value: Tensor, target: Tensor) -> None:
         if value.shape != target.shape:
@@ -228,7 +238,7 @@ class Objective:
             raise UsageError(f"the data of task {self.task!r} has no labels; calibrate without labels")
         labels = batch.classes
         if labels is None:
-            return self._number_loss(output, torch.tensor(batch.labels))
+            return self._number_loss(output, torch.tensor(batch.labels, device=self._device))
         if not is_class_shape(logits.shape):
             raise UsageError(
                 f"task {self.task!r} is no classifier (output {list(logits.shape)}); calibrate without labels"
@@ -238,7 +248,7 @@ class Objective:
                 f"the data of task {self.task!r} have the label {labels.max()}, but the classes of its output are "
                 f"0 to {logits.shape[1] - 1}"
             )
-        return losses.cross_entropy(logits.flatten(1), torch.tensor(labels))
+        return losses.cross_entropy(logits.flatten(1), torch.tensor(labels, device=self._device))
 
     def _number_loss(self, z: Tensor, y: Tensor) -> Tensor:
         if not same_but_for_ones(z.shape[1:], y.shape[1:]):
@@ -249,8 +259,8 @@ class Objective:
         return losses.squared_error(z, y.reshape(z.shape))
 
 
-def _tapped(tap: FeatureTap) -> Pair:
-    channels = None if tap.channels is None else torch.tensor(np.asarray(tap.channels, dtype=np.int64))
+def _tapped(tap: FeatureTap, device: torch.device) -> Pair:
+    channels = None if tap.channels is None else torch.tensor(np.asarray(tap.channels, dtype=np.int64), device=device)
     return Pair(tap.student, tap.teacher, channels)
 
 
@@ -278,11 +288,3 @@ def _variance(batches: Sequence[Tensor]) -> float:
     count = sum(batch.numel() for batch in batches)
     mean = sum(float(batch.sum(dtype=torch.float64)) for batch in batches) / count
     return sum(float((batch.double() - mean).square().sum()) for batch in batches) / count
-
-
-def _input(batch: Batch, name: str, task: str) -> Tensor:
-    """The batch's array for one input; tasks with one input may share data whatever they call it."""
-    if name not in batch.inputs and len(batch.inputs) != 1:
-        raise UsageError(f"the data of task {task!r} has no array for the input {name!r}")
-    array = batch.inputs[name] if name in batch.inputs else next(iter(batch.inputs.values()))
-    return channels_last(torch.tensor(array))

@@ -11,21 +11,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onnxmerge.calibration.devices import chosen_device
+from onnxmerge.calibration.settings import Device
 from onnxmerge.errors import UsageError
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[int]:
+def joined(device: Device | None = None) -> Iterator[int]:
     """Join the other processes of a torchrun for as long as this lasts; the number of this one, from 0.
 
+    They exchange through NCCL what is on GPUs, through Gloo what is not; `device`: see `Training.device`.
+
     Raises:
-        UsageError: the others cannot be reached.
+        UsageError: the others cannot be reached, or there is no GPU for this one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
+    own = chosen_device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     with _others_needed():
-        dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     try:
         yield rank()
     finally:

@@ -34,7 +34,7 @@ class _Layout:
         return int(np.prod(self.shape))
 
     def flat(self, value: Tensor) -> np.ndarray:
-        return value.permute(self.order).reshape(len(value), self.size).numpy()
+        return value.permute(self.order).reshape(len(value), self.size).cpu().numpy()
 
     def value(self, flat: np.ndarray) -> Tensor:
         dense = torch.from_numpy(np.ascontiguousarray(flat)).reshape(len(flat), *self.shape)
@@ -69,7 +69,7 @@ class Remembered:
         self.bytes = len(split) * self._record
 
     def __call__(self, numbers: np.ndarray) -> list[Tensor]:
-        """The values for the samples with these numbers in the split, as `compute` would give them."""
+        """The values for the samples with these numbers in the split, as `compute` would give them, on the CPU."""
         flat = np.empty((len(numbers), self._record // 4), np.float32)
         for row, number in zip(flat, numbers, strict=True):
             self._file.seek(int(number) * self._record)

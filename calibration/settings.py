@@ -3,9 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from onnxmerge.errors import UsageError
+
+Device = Literal["cpu", "cuda"]
+"""Where to train."""
+Precision = Literal["float32", "bfloat16", "float16"]
+"""How precisely to compute while training."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,11 @@ class Training:
         seed: order of the samples and choice of those held out.
         evaluations: how often the held-out loss is measured, the start not counted.
         threads: CPU threads; None leaves torch's choice, which is slow where other processes use the same cores.
-        bfloat16: compute with 8-bit mantissas while training (weights and judging stay float32); None: where the CPU
-            has instructions for it, which halves the time of a step.
+        precision: "bfloat16" and "float16" compute with 8 and 11 bits while training; weights and judging stay float32.
+            The range of "float16" is small, so the loss is scaled up: by as much as gradients bear, for where they
+            overflow the step is left out and the scale halved. None: "bfloat16" where the device has instructions for
+            it, which halves the time of a step on a CPU, else "float32".
+        device: None: "cuda" where torch finds a GPU, else "cpu". Of several processes on one machine each has a GPU.
         cache_bytes: where a run sees samples more than once, what teachers give for them is computed before it starts
             and kept in a temporary file of at most this size; 0: it is computed in every step. Results are the same but
             for rounding.
@@ -73,7 +81,8 @@ class Training:
     seed: int = 0
     evaluations: int = 10
     threads: int | None = None
-    bfloat16: bool | None = None
+    precision: Precision | None = None
+    device: Device | None = None
     cache_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +103,8 @@ class Training:
         self._check_choice("optimiser", "adamw", "sgd")
         self._check_choice("schedule", "one-cycle", "milestones", None)
         self._check_choice("norm_statistics", "frozen", "updating")
+        self._check_choice("precision", *get_args(Precision), None)
+        self._check_choice("device", *get_args(Device), None)
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

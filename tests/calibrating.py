@@ -9,6 +9,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
+from elsewhere import ELSEWHERE, Elsewhere
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxmerge.calibration.engine as engine
@@ -29,9 +30,16 @@ def run_onnx(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np
 
 
 def run_torch(model: onnx_ir.Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """What the interpreter gives on the CPU, and on another device the same."""
     module = GraphModule(model)
     with torch.no_grad():
         values = module({name: torch.tensor(array) for name, array in feeds.items()})
+        with Elsewhere():
+            module.to(ELSEWHERE)
+            away = module({name: torch.tensor(array).to(ELSEWHERE) for name, array in feeds.items()})
+            for name in module.outputs:
+                assert away[name].device == ELSEWHERE
+                np.testing.assert_array_equal(away[name].cpu().numpy(), values[name].numpy())
     return [values[name].numpy() for name in module.outputs]
 
 

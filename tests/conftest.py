@@ -1,5 +1,6 @@
 """What all tests share: the real models beside the repository, and how Hypothesis draws."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ settings.register_profile("onnxmerge", deadline=None, derandomize=True, database
 settings.load_profile("onnxmerge")
 
 MODELS = Path(__file__).parents[1] / "../shared/models"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests expect what a CPU computes, to the last bit; only those marked gpu see a GPU where there is one."""
+    if shutil.which("nvidia-smi") and request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that a test starts
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -50,10 +50,11 @@ def test_no_steps_change_nothing() -> None:
     assert outcome.best_step == 0 and len(outcome.losses) == 1 and weights(merged) == before
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
-def test_one_seed_gives_the_same_bytes(bfloat16: bool) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_one_seed_gives_the_same_bytes(precision: str) -> None:
     first, second, other = merge(), merge(), merge()
-    runs = [train(model, bfloat16=bfloat16, steps=20, seed=s)[0] for model, s in ((first, 3), (second, 3), (other, 4))]
+    how = {"precision": precision, "steps": 20}
+    runs = [train(model, seed=seed, **how)[0] for model, seed in ((first, 3), (second, 3), (other, 4))]
     assert runs[0] == runs[1] and weights(first) == weights(second)
     assert weights(first) != weights(other)
 

@@ -66,7 +66,7 @@ def distil(
         [FeatureTap(name, value, value) for name in names for value in tapped],
         dict(zip(names, splits, strict=True)),
         dict.fromkeys(names, held),
-        Settings(**{"steps": 0, "threads": 1, "evaluations": 1, "bfloat16": False} | given),
+        Settings(**{"steps": 0, "threads": 1, "evaluations": 1, "precision": "float32"} | given),
     )
 
 

@@ -42,7 +42,8 @@ def run(merged: onnx_ir.Model, checkpoint: Checkpoint | None, kill_at: int | Non
 
 WAYS: dict[str, dict[str, Any]] = {
     "adamw": {},
-    "bfloat16": {"bfloat16": True},
+    "bfloat16": {"precision": "bfloat16"},
+    "float16": {"precision": "float16", "logit_weight": 300.0},  # large enough to halve the scale
     "sgd": {"optimiser": "sgd", "rate": 1e-3, "accumulate": 2, "clip": 1.0},
     "without momentum": {"optimiser": "sgd", "rate": 1e-3, "momentum": 0.0},
     "batch statistics": {"norm_statistics": "updating"},
@@ -118,7 +119,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
 )
 @settings(max_examples=60, deadline=None)
 def test_any_run_stopped_anywhere_goes_on(stop: int, how: dict[str, Any]) -> None:
-    training = Training(seed=5, threads=1, bfloat16=False, **how)
+    training = Training(seed=5, threads=1, precision="float32", **how)
 
     def halt(done: Done) -> None:
         if done.step == stop:

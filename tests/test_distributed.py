@@ -46,7 +46,7 @@ def losses_of(text: str) -> list[float]:
 
 @pytest.mark.parametrize("batch", [32, 33], ids=["equal parts", "unequal parts"])
 def test_two_processes_have_the_loss_curve_of_one(batch: int, work: Path, tmp_path: Path) -> None:
-    more = ["--batch", batch, "--json", "--accumulate", 2, "--clip", 5.0, "--float32"]
+    more = ["--batch", batch, "--json", "--accumulate", 2, "--clip", 5.0, "--precision", "float32"]
     together = torchrun(*arguments_for(work, *more, "-o", tmp_path / "two", "--report", tmp_path / "two.json"))
     assert together.returncode == 0, together.stderr
     report = json.loads(together.stdout)  # one process alone prints
@@ -180,6 +180,41 @@ def test_gradients_statistics_and_judgement_are_the_same_in_all_processes(tmp_pa
         "assert own.drawn == alone.drawn\n"
         # 29 averages: m -> mean of m and m + 1; then the last step's own
         "torch.testing.assert_close(own.mean, torch.full((3,), 14.5 + rank))\n"
+        f"open({str(tmp_path)!r} + f'/rank {{rank}} is well', 'w').close()\n"
+    )
+    run = torchrun(script=script)
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in tmp_path.glob("*well")) == ["rank 0 is well", "rank 1 is well"]
+
+
+def test_a_step_that_overflows_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    script = tmp_path / "overflow.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "from test_engine import Line, settings\n"
+        "from onnxmerge.calibration import ranks\n"
+        "from onnxmerge.calibration.engine import train\n"
+        "class Own(Line):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(scale=0.1)\n"
+        "        self.steps = 0\n"
+        "        self.weight.register_hook(self.gradient)\n"
+        "    def gradient(self, gradient):\n"
+        "        self.steps += 1\n"
+        "        return gradient * torch.inf if ranks.rank() == 1 and self.steps in (1, 2, 7) else gradient\n"
+        "own, told = Own(), []\n"
+        "keep = lambda done: told.append((done.scalars['loss scale'], own.weight.detach().clone()))\n"
+        "with ranks.joined() as rank:\n"
+        "    outcome = train(own, settings(precision='float16'), keep)\n"
+        "    first = own.weight.detach().clone()\n"
+        "    ranks.average([first])\n"
+        "assert outcome.failure is None and torch.equal(own.weight, first)\n"
+        "scales = [2.0 ** 16, 2.0 ** 15] + 5 * [2.0 ** 14] + 23 * [2.0 ** 13]\n"
+        "assert [scale for scale, _ in told] == scales\n"
+        "same = [step for step in range(2, 31) if torch.equal(told[step - 1][1], told[step - 2][1])]\n"
+        "assert same == [2, 7], same\n"
         f"open({str(tmp_path)!r} + f'/rank {{rank}} is well', 'w').close()\n"
     )
     run = torchrun(script=script)

@@ -71,7 +71,7 @@ class Line:
 
 
 def settings(**given: Any) -> Training:
-    return Training(**{"steps": 30, "evaluations": 3, "threads": 1, "bfloat16": False, "rate": 0.05} | given)
+    return Training(**{"steps": 30, "evaluations": 3, "threads": 1, "precision": "float32", "rate": 0.05} | given)
 
 
 SGD = {"optimiser": "sgd", "rate": 0.02}
@@ -214,7 +214,7 @@ def alone(model: onnx_ir.Model, samples: Memory, **given: Any) -> list[tuple[int
 
 def alone_outcome(model: onnx_ir.Model, samples: Memory, **given: Any) -> Outcome:
     split = Split(samples)
-    how = Settings(**{"steps": 12, "batch": 32, "evaluations": 1, "threads": 1, "bfloat16": False} | given)
+    how = Settings(**{"steps": 12, "batch": 32, "evaluations": 1, "threads": 1, "precision": "float32"} | given)
     names = {"t": {"y": "y"}}
     return calibrate(model, {"t": network(3)}, names, {"t": INPUTS["a"]}, [], {"t": split}, {"t": split}, how)
 

@@ -31,7 +31,7 @@ def read(folder: Path) -> dict[str, dict[int, float]]:
 
 def by_step(steps: int, problem: Line | None = None, **how: Any) -> list[Done]:
     told: list[Done] = []
-    train(problem or Line(), Training(steps, threads=1, bfloat16=False, **how), told.append)
+    train(problem or Line(), Training(steps, threads=1, precision="float32", **how), told.append)
     return told
 
 
@@ -165,7 +165,8 @@ def test_every_method_logs_each_training(
 def test_of_several_processes_the_first_logs_what_all_did(work: Path, tmp_path: Path) -> None:
     found = []
     for count in (1, 2):
-        more = ["-o", tmp_path / f"out{count}", "--tensorboard", tmp_path / f"log{count}", "--float32", "--quiet"]
+        more = ["-o", tmp_path / f"out{count}", "--tensorboard", tmp_path / f"log{count}", "--quiet"]
+        more += ["--precision", "float32"]
         done = torchrun(*arguments_for(work, *more, steps=6), processes=count)
         assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / f"log{count}").rglob("events*"))) == 1

@@ -69,7 +69,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "two streams": {"one_split": False},
     "features": {"taps": [FeatureTap("b", "r", "r")]},
     "rearranged features": {"taps": [FeatureTap("b", "r", "r", np.array([2, 0, 3, 1]))], "one_split": False},
-    "bfloat16": {"bfloat16": True},
+    "bfloat16": {"precision": "bfloat16"},
     "labels too": {"label_weight": 0.5, "accumulate": 2},
 }
 

@@ -284,7 +284,7 @@ def test_a_light_retraining_after_each_layer_goes_on_into_the_next(tmp_path):
         for name, array in changed.items():  # what was trained before is in this model
             if name in merged.graph.initializers:
                 np.testing.assert_array_equal(get_array(merged.graph.initializers[name]), array)
-        quick = Settings(steps=10, batch=32, rate=3e-3, threads=1, evaluations=2, bfloat16=False)
+        quick = Settings(steps=10, batch=32, rate=3e-3, threads=1, evaluations=2, precision="float32")
         losses.extend(loss for _, loss in calibrate_merged(merged, tasks, task_outputs(tasks), quick, Silent()).losses)
         tails = ("a/", "b/")
         changed.update(

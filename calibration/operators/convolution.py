@@ -20,8 +20,8 @@ def convolution(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor 
     if not w.symmetric:
         x, padding = pad_spatial(x, w.begins, w.ends), [0] * rank
     settings = w.strides, padding, w.dilations, attributes.get("group", 1)
-    if weight.shape[1] == 1 < len(weight):  # depthwise in bfloat16 is many times slower backwards on CPU
-        with torch.autocast(x.device.type, enabled=False):
+    if x.is_cpu and weight.shape[1] == 1 < len(weight):  # depthwise in bfloat16 is many times slower backwards on CPU
+        with torch.autocast("cpu", enabled=False):
             return CONVOLUTIONS[rank](x.float(), weight.float(), None if bias is None else bias.float(), *settings)
     return CONVOLUTIONS[rank](x, weight, bias, *settings)
 

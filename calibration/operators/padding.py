@@ -32,7 +32,7 @@ def pad(
         return F.pad(x, sides, mode=_TORCH_MODES[mode])
     for axis, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         if begin or end:
-            x = x.index_select(axis, _sources(mode, x.shape[axis], begin, end).to(x.device))
+            x = x.index_select(axis, _sources(mode, x.shape[axis], begin, end, x.device))
     return x
 
 
@@ -47,9 +47,9 @@ def _native(x: Tensor, begins: list[int], ends: list[int]) -> bool:
     )
 
 
-def _sources(mode: str, size: int, begin: int, end: int) -> Tensor:
+def _sources(mode: str, size: int, begin: int, end: int, device: torch.device) -> Tensor:
     """For each position of the padded axis, the position of the input that it copies."""
-    positions = torch.arange(-begin, size + end)
+    positions = torch.arange(-begin, size + end, device=device)
     if mode == "edge":
         return positions.clamp(0, size - 1)
     if mode == "wrap":

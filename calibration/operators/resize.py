@@ -82,9 +82,8 @@ def _native(attributes: Attributes, x: Tensor, lengths: list[int], factors: list
 
 def _resize_axis(attributes: Attributes, x: Tensor, axis: int, length: int, factor: float) -> Tensor:
     size = x.shape[axis]
-    place = _coordinates(
-        attributes.get("coordinate_transformation_mode", "half_pixel"), size, length, torch.tensor(factor)
-    ).to(x.device)
+    kind = attributes.get("coordinate_transformation_mode", "half_pixel")
+    place = _coordinates(kind, size, length, torch.tensor(factor, device=x.device))
     mode = attributes.get("mode", "nearest")
     if mode == "nearest":
         chosen = _NEAREST[attributes.get("nearest_mode", "round_prefer_floor")](place)
@@ -111,7 +110,7 @@ def _resize_axis(attributes: Attributes, x: Tensor, axis: int, length: int, fact
 
 def _coordinates(mode: str, size: int, length: int, factor: Tensor) -> Tensor:
     """Where each of the `length` output positions lies on the input axis of the given size."""
-    out = torch.arange(length, dtype=torch.float32)
+    out = torch.arange(length, dtype=torch.float32, device=factor.device)
     if mode == "half_pixel" or (mode == "pytorch_half_pixel" and length > 1):
         return (out + 0.5) / factor - 0.5
     if mode == "half_pixel_symmetric":
@@ -122,7 +121,7 @@ def _coordinates(mode: str, size: int, length: int, factor: Tensor) -> Tensor:
     if mode == "align_corners" and length > 1:
         return out * (size - 1) / (length - 1)
     if mode in ("align_corners", "pytorch_half_pixel"):
-        return torch.zeros(length)
+        return torch.zeros_like(out)
     raise NotImplementedError(f"the coordinate transformation {mode!r} is not supported")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.settings import Precision, Settings
 from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.processes import one_of_many
@@ -53,11 +53,11 @@ def calibrate(
     norm_statistics: Annotated[
         str, typer.Option("--norm-statistics", metavar="frozen|updating", help="Running statistics of batch norms.")
     ] = Settings.norm_statistics,
-    bfloat16: Annotated[
-        bool | None,
+    precision: Annotated[
+        Precision | None,
         typer.Option(
-            "--bfloat16/--float32",
-            help="Precision of a step; by default bfloat16 where the CPU has instructions for it.",
+            "--precision",
+            help="Precision of a step; by default bfloat16 where the device has instructions for it, else float32.",
             show_default=False,
         ),
     ] = None,
@@ -89,6 +89,7 @@ def calibrate(
     ] = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    device: options.Device = None,
     report: options.Report = None,
     tensorboard: options.TensorBoard = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -117,7 +118,8 @@ def calibrate(
         seed=seed,
         evaluations=evaluations,
         threads=threads,
-        bfloat16=bfloat16,
+        device=device,
+        precision=precision,
         cache_bytes=cache_bytes,
         kl_weight=kl_weight,
         temperature=temperature,

@@ -33,7 +33,8 @@ def demo(
             [folder / f"{task}.onnx" for task in tasks],
             {task: folder / f"{task}.yaml" for task in tasks},
             output,
-            settings=ZipSettings(steps=steps, seed=seed, starts=(Start.SUBSPACE,)),  # one start: a minute is enough
+            # one start: a minute is enough
+            settings=ZipSettings(steps=steps, seed=seed, starts=(Start.SUBSPACE,), device="cpu"),
             overwrite=overwrite,
             progress=bars,
         )

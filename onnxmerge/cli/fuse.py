@@ -93,6 +93,7 @@ def fuse(
     samples: options.Samples = 10_000,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    device: options.Device = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
     tensorboard: options.TensorBoard = None,
@@ -131,6 +132,7 @@ def fuse(
         labels=labels,
         seed=seed,
         threads=threads,
+        device=device,
         providers=options.provider_list(providers),
     )
     sources = parse_data_option(data, task_names(models))

@@ -89,6 +89,7 @@ def gate(
     ] = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    device: options.Device = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
     tensorboard: options.TensorBoard = None,
@@ -121,6 +122,7 @@ def gate(
         max_drop=max_drop,
         seed=seed,
         threads=threads,
+        device=device,
         providers=options.provider_list(providers),
     )
     if dry_run:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onnxmerge.calibration import settings
 from onnxmerge.errors import GateFailed, UsageError
 from onnxmerge.methods.fuse.choices import LayerCost
 
@@ -32,6 +33,10 @@ Labels = Annotated[bool, typer.Option("--labels/--no-labels", help="Use the data
 Samples = Annotated[int, typer.Option("--samples", min=2, help="Unlabelled samples of each task for the closed form.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything drawn at random.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads inside one operator.")]
+Device = Annotated[
+    settings.Device | None,
+    typer.Option("--device", help="Where to train; default: on a GPU if there is one.", show_default=False),
+]
 Providers = Annotated[str, typer.Option("--providers", metavar="P[,P]", help="Where to run: cpu, cuda, tensorrt.")]
 MinSpeedup = Annotated[
     float | None,

@@ -13,17 +13,23 @@ from typing import Any
 def one_of_many(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command that trains: processes but the first write to a folder of their own, which is thrown away.
 
-    With `--resume` that is a copy, so that all find the same candidates finished.
+    With `--resume` that is a copy, so that all find the same candidates finished. A GPU that is asked for and absent is
+    told before anything is read.
     """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        device = kwargs["device"]
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            if device == "cuda":
+                from onnxmerge.calibration.devices import chosen_device
+
+                chosen_device(device)
             command(*args, **kwargs)
             return
         from onnxmerge.calibration.ranks import joined, wait_for_all
 
-        with joined() as rank, contextlib.ExitStack() as stack:
+        with joined(device) as rank, contextlib.ExitStack() as stack:
             output: Path | None = kwargs.get("output")
             if rank and output is not None:
                 own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxmerge-"))) / "out"

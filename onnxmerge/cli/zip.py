@@ -95,6 +95,7 @@ def zip(
     samples: options.Samples = 2000,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    device: options.Device = None,
     providers: options.Providers = "cpu",
     report: options.Report = None,
     tensorboard: options.TensorBoard = None,
@@ -143,6 +144,7 @@ def zip(
         labels=labels,
         seed=seed,
         threads=threads,
+        device=device,
         providers=options.provider_list(providers),
     )
     sources = parse_data_option(data, names)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.settings import Device, Settings
 from onnxmerge.errors import UsageError
 from onnxmerge.methods.fuse.choices import Balance, LayerCost, Matching, Rule, Start, Targets
 from onnxmerge.methods.fuse.counterparts import RIDGE, FuseOptions
@@ -39,6 +39,7 @@ class FuseSettings:
         labels: calibrate with the data's labels as well.
         seed: of everything drawn at random.
         threads: for onnxruntime and torch.
+        device: where calibration trains; None: on a GPU where torch finds one.
         providers: where latency is measured.
         measure: measure latency and memory.
     """
@@ -63,6 +64,7 @@ class FuseSettings:
     labels: bool = False
     seed: int = 0
     threads: int | None = None
+    device: Device | None = None
     providers: tuple[str, ...] = ("cpu",)
     measure: bool = True
 
@@ -121,6 +123,7 @@ class FuseSettings:
             label_weight=float(self.labels),
             seed=self.seed,
             threads=self.threads,
+            device=self.device,
         )
         if self.distil_weight is None:
             return common

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from onnxmerge.calibration.settings import Settings
+from onnxmerge.calibration.settings import Device, Settings
 from onnxmerge.errors import UsageError
 
 
@@ -35,6 +35,7 @@ class GateSettings:
         max_drop: largest loss of the result against the worst original; None: no bound.
         seed: of everything drawn at random.
         threads: for onnxruntime and torch.
+        device: where it trains; None: on a GPU where torch finds one.
         providers: where latency is measured.
         measure: measure latency and memory.
     """
@@ -53,6 +54,7 @@ class GateSettings:
     max_drop: float | None = None
     seed: int = 0
     threads: int | None = None
+    device: Device | None = None
     providers: tuple[str, ...] = ("cpu",)
     measure: bool = True
 
@@ -102,4 +104,5 @@ class GateSettings:
             feature_weight=0.0,
             seed=self.seed,
             threads=self.threads,
+            device=self.device,
         )

@@ -70,6 +70,7 @@ class Job:
             label_weight=float(self.settings.labels),
             seed=self.settings.seed,
             threads=self.settings.threads,
+            device=self.settings.device,
         )
         teachers = [with_own_inputs(task) for task in teachers]
         outcome = calibrate_merged(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import inf
 
+from onnxmerge.calibration.settings import Device
 from onnxmerge.errors import UsageError
 from onnxmerge.methods.zip.choices import TREE, Mode, Pairing, Rule, Start
 
@@ -30,6 +31,7 @@ class ZipSettings:
         weights: how much each task counts in what is shared; None: all alike.
         seed: of everything drawn at random.
         threads: for onnxruntime and torch; None leaves the choice to them.
+        device: where calibration trains; None: on a GPU where torch finds one.
         providers: where latency is measured.
         measure: whether latency and memory are measured.
     """
@@ -53,6 +55,7 @@ class ZipSettings:
     weights: tuple[float, ...] | None = None
     seed: int = 0
     threads: int | None = None
+    device: Device | None = None
     providers: tuple[str, ...] = ("cpu",)
     measure: bool = True
 
