@@ -2,7 +2,22 @@
 
 import typer
 
-from onnxmerge.cli import align, bench, calibrate, demo, extract, fuse, gate, inspect, pack, passes, run, validate, zip
+from onnxmerge.cli import (
+    align,
+    apply,
+    bench,
+    calibrate,
+    demo,
+    extract,
+    fuse,
+    gate,
+    inspect,
+    pack,
+    passes,
+    run,
+    validate,
+    zip,
+)
 from onnxmerge.cli.recipe import Told
 
 app = typer.Typer(
@@ -21,6 +36,7 @@ app.command("gate", cls=Told)(gate.gate)
 app.command("calibrate", cls=Told)(calibrate.calibrate)
 app.command("validate", cls=Told)(validate.validate)
 app.command("extract", cls=Told)(extract.extract)
+app.command("apply", cls=Told)(apply.apply)
 app.command("bench", cls=Told)(bench.bench)
 app.command("run")(run.run)
 app.command("passes")(passes.passes)
