@@ -14,6 +14,7 @@ from onnxmerge.cli import (
     inspect,
     pack,
     passes,
+    quantize,
     run,
     validate,
     zip,
@@ -34,6 +35,7 @@ app.command("zip", cls=Told)(zip.zip)
 app.command("fuse", cls=Told)(fuse.fuse)
 app.command("gate", cls=Told)(gate.gate)
 app.command("calibrate", cls=Told)(calibrate.calibrate)
+app.command("quantize", cls=Told)(quantize.quantize)
 app.command("validate", cls=Told)(validate.validate)
 app.command("extract", cls=Told)(extract.extract)
 app.command("apply", cls=Told)(apply.apply)

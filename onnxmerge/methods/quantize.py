@@ -1,0 +1,248 @@
+"""quantize: one model in 8-bit integers or float16, with what that costs each of its tasks."""
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as oir
+
+from onnxmerge.data import parse_data_option
+from onnxmerge.errors import ModelError, UsageError
+from onnxmerge.ir.labels import dims
+from onnxmerge.ir.layers import find_layers, parameter_count
+from onnxmerge.ir.load import load, read
+from onnxmerge.ir.reach import needed
+from onnxmerge.ir.save import save, stored_bytes
+from onnxmerge.ir.stored import is_external
+from onnxmerge.ir.weights import add_initializer
+from onnxmerge.methods.measure import Judge
+from onnxmerge.methods.pack.pack import claim_file
+from onnxmerge.methods.parts import Part, part_outputs, parts_of, task_names_of
+from onnxmerge.methods.same import Runs
+from onnxmerge.methods.scoring import Tally
+from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
+from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.schema import Candidate, InputRecord, LatencyRecord, Result
+from onnxmerge.runtime.latency import latency
+from onnxmerge.runtime.quantize import Ranges, join_ranges, measure_ranges, quantize_int8, to_float16
+
+QUANTIZED = "onnxmerge.quantized"
+"""The key of the metadata that tell how a model was quantized."""
+_BATCH = 8
+"""Samples run at once when ranges are measured."""
+_NO_DATA = "noise"
+
+
+def quantize_model(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    to: Literal["int8", "float16"],
+    data: Sequence[str] = (),
+    *,
+    samples: int = 256,
+    keep: Sequence[str] = (),
+    max_drop: float | None = None,
+    measure: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+    providers: Sequence[str] = ("cpu",),
+    overwrite: bool = False,
+) -> tuple[Result, list[str]]:
+    """Write the model at `model` in lower precision to `output`, and score it against the model on held-out samples.
+
+    For int8 every task's samples give the ranges of what its outputs depend on: what tasks share gets the range over
+    all of them, a task's own tail and head that of its own samples.
+
+    Args:
+        model: the ONNX file; the tasks of a merged one are told apart by its metadata.
+        output: the `.onnx` file. Inputs, outputs and metadata stay.
+        to: the precision.
+        data: `D` for all tasks, `TASK=D` for one; float16 needs none.
+        samples: of each task that ranges are taken from.
+        keep: layers or nodes that stay in float32.
+        max_drop: largest loss of the worst task; the output is not written where it is larger.
+        measure: whether latency is measured.
+        seed: of the choice of samples.
+        threads: for onnxruntime.
+        providers: where latency is measured.
+        overwrite: replace the files of an earlier run.
+
+    Returns:
+        The result, with the quantized model as its only candidate, and one sentence for each broken bound.
+
+    Raises:
+        UsageError: the output exists, or data or a layer's name do not fit.
+        ModelError: the model cannot be read or quantized, or its outputs are no numbers any more.
+    """
+    begun = time.perf_counter()
+    target, path = claim_file(output, overwrite=overwrite), Path(model)
+    if to == "int8" and not data:
+        raise UsageError("int8 needs samples to find the ranges of values: give --data")
+    stored, plain = read(path), load(path)
+    if any(node.op_type == "QuantizeLinear" for node in stored.graph.all_nodes()):
+        raise UsageError(f"{path}: is quantized already")
+    FoldBatchNorm()(plain)
+    kept = _nodes(plain, keep, path)
+    parts = parts_of(path, plain, parse_data_option(data or [_NO_DATA], task_names_of(path, plain)), seed=seed)
+    metadata = {**stored.metadata_props, QUANTIZED: _told(path, to, parts, samples, seed, kept)}
+    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as name:
+        folder = Path(name)
+        made = _made(plain, parts, to, kept, folder, samples, seed, beside=is_external(stored))
+        file = folder / target.name
+        save(made, file, metadata, beside=is_external(stored))
+        Runs(path, seed, threads).check_interface(Runs(file, seed, threads), f"{path} in {to}")
+        judge = Judge(parts, folder, threads, seed=seed, outputs=part_outputs(parts))
+        tallies = judge.tally(read(file))
+        _check_finite(tallies, to)
+        record, reliable = LatencyRecord(), True
+        if measure:
+            record, reliable = _latency(file, path, parts, plain, threads, providers)
+        candidate = Candidate(
+            name=to,
+            share=int(stored.metadata_props.get("onnxmerge.share", "0")),
+            path=str(target),
+            parameters=parameter_count(stored),
+            bytes=stored_bytes(file),
+            tasks={task: tally.score() for task, tally in tallies.items()},
+            latency_ms=record,
+            steps=0,
+            seconds=time.perf_counter() - begun,
+        )
+    drops = {task: score.drop for task, score in candidate.tasks.items() if score.drop is not None}
+    broken = [
+        f"task {task}: drops by {drop:.4f}, more than {max_drop:g}"
+        for task, drop in drops.items()
+        if max_drop is not None and drop > max_drop
+    ]
+    if not broken:
+        save(made, target, metadata, beside=is_external(stored))
+    notes = [] if reliable else ["The latency was measured on a busy machine and is not reliable."]
+    notes += [f"The samples of {part.name} are made up: they say little." for part in parts if part.data.stand_in]
+    return _result(path, stored, parts, candidate, [*notes, *broken], metadata[QUANTIZED], chosen=not broken), broken
+
+
+def _nodes(model: oir.Model, keep: Sequence[str], path: Path) -> list[str]:
+    """The names of the nodes that `keep` names, or whose layers it names."""
+    layers = {layer.name: layer.node.name or "" for layer in find_layers(model)}
+    nodes = {node.name or "" for node in model.graph}
+    for name in keep:
+        if name not in layers and name not in nodes:
+            raise UsageError(f"--keep {name}: {path} has no such layer or node; its layers are {', '.join(layers)}")
+    return [layers.get(name, name) for name in keep]
+
+
+def _made(
+    plain: oir.Model,
+    parts: Sequence[Part],
+    to: str,
+    keep: Sequence[str],
+    folder: Path,
+    samples: int,
+    seed: int,
+    *,
+    beside: bool,
+) -> oir.Model:
+    """The quantized model, with external data in `folder`."""
+    separate = plain.clone()
+    _one_reader(separate)
+    source, made = folder / "plain.onnx", folder / "made.onnx"
+    oir.save(separate, source, external_data=f"{source.name}.data" if beside else None)
+    if to == "float16":
+        to_float16(source, made, keep)
+    else:
+        ranges = []
+        for part in parts:
+            split = part.data.calibration.take(samples, seed)
+            own = measure_ranges(source, part.merged_feeds(split, separate).batches(_batch(separate)))
+            ranges.append(_seen(separate, part, own))
+        quantize_int8(source, made, join_ranges(ranges), keep)
+    model = read(made)
+    for key in set(model.metadata_props) - set(plain.metadata_props):  # the tools leave notes to themselves
+        del model.metadata_props[key]
+    return model
+
+
+def _one_reader(model: oir.Model) -> None:
+    """Give each reader of a constant its own: the tools name what they put before it after the constant alone."""
+    for name, value in list(model.graph.initializers.items()):
+        for number, (node, index) in enumerate(list(value.uses())[1:], start=1):
+            if value.const_value is not None and node.graph is model.graph:
+                own = add_initializer(model.graph, f"{name}__alone{number}", value.const_value.numpy())
+                node.replace_input_with(index, own)
+
+
+def _batch(model: oir.Model) -> int:
+    sizes = [dims(value)[0] for value in model.graph.inputs]
+    return next((size for size in sizes if size is not None), _BATCH)
+
+
+def _seen(model: oir.Model, part: Part, ranges: Ranges) -> Ranges:
+    """The ranges of what the part's outputs depend on."""
+    outputs = [value for value in model.graph.outputs if value.name in part.outputs]
+    values = {value.name for node in needed(outputs) for value in (*node.inputs, *node.outputs) if value is not None}
+    return {name: own for name, own in ranges.items() if name in values}
+
+
+def _check_finite(tallies: Mapping[str, Tally], to: str) -> None:
+    for task, tally in tallies.items():
+        if not all(math.isfinite(gap) for gap in tally.differences):
+            reason = ": a value exceeds what float16 holds (65504)" if to == "float16" else ""
+            raise ModelError(f"the outputs of {task} are not finite in {to}{reason}; --keep leaves layers in float32")
+
+
+def _latency(
+    file: Path, path: Path, parts: Sequence[Part], model: oir.Model, threads: int | None, providers: Sequence[str]
+) -> tuple[LatencyRecord, bool]:
+    """Milliseconds of both files for one sample, in turn, and whether they are reliable."""
+    feeds: dict[str, np.ndarray] = {}
+    for part in reversed(parts):  # what all read is the first task's
+        own = next(part.merged_feeds(part.data.held_out, model).batches(1))
+        feeds = {**own, **feeds, **{name: own[name] for name in part.called.values()}}
+    found = latency(file, [path], feeds, [feeds], threads=threads, providers=providers)
+    record = LatencyRecord(
+        merged=found.merged, separate=found.separate, separate_default=found.separate_default, speedup=found.speedup
+    )
+    return record, found.reliable
+
+
+def _told(path: Path, to: str, parts: Sequence[Part], samples: int, seed: int, keep: Sequence[str]) -> str:
+    sources = {part.name: part.data.source for part in parts} if to == "int8" else {}
+    drawn = {"data": sources, "samples": samples, "seed": seed} if sources else {}
+    version = library_versions().get("onnxmerge", "")
+    told = {"to": to, "model": sha256(path), "keep": list(keep), "version": version, **drawn}
+    return json.dumps(told, sort_keys=True)
+
+
+def _result(
+    path: Path,
+    stored: oir.Model,
+    parts: Sequence[Part],
+    candidate: Candidate,
+    notes: Sequence[str],
+    told: str,
+    *,
+    chosen: bool,
+) -> Result:
+    record = InputRecord(
+        task=parts[0].name if len(parts) == 1 else path.stem,
+        path=str(path),
+        sha256=sha256(path),
+        parameters=parameter_count(stored),
+        bytes=stored_bytes(path),
+    )
+    return Result(
+        method="quantize",
+        versions=library_versions(),
+        inputs=[record],
+        candidates=[candidate],
+        chosen=candidate.name if chosen else None,
+        recipe={"method": "quantize", **json.loads(told)},
+        hardware=hardware(),
+        notes=list(notes),
+    )
