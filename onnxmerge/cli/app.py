@@ -16,6 +16,7 @@ from onnxmerge.cli import (
     passes,
     quantize,
     run,
+    triton,
     validate,
     zip,
 )
@@ -40,6 +41,7 @@ app.command("validate", cls=Told)(validate.validate)
 app.command("extract", cls=Told)(extract.extract)
 app.command("apply", cls=Told)(apply.apply)
 app.command("bench", cls=Told)(bench.bench)
+app.command("triton", cls=Told)(triton.triton)
 app.command("run")(run.run)
 app.command("passes")(passes.passes)
 app.command("demo")(demo.demo)
