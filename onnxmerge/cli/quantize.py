@@ -25,7 +25,7 @@ def quantize(
     to: Annotated[Precision, typer.Option("--to", help="The precision.", show_default=False)],
     data: options.Data = [],  # noqa: B006 (typer reads the default, nobody changes it)
     samples: Annotated[
-        int, typer.Option("--samples", min=2, help="Samples of each task that the ranges of int8 are taken from.")
+        int, typer.Option("--samples", min=2, help="Samples of each task that the ranges of values are taken from.")
     ] = 256,
     keep: Annotated[
         list[str],

@@ -17,8 +17,9 @@ from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.load import load, read
-from onnxmerge.ir.reach import needed
+from onnxmerge.ir.reach import needed, remove_unneeded
 from onnxmerge.ir.save import save, stored_bytes
+from onnxmerge.ir.shapes import infer_shapes
 from onnxmerge.ir.stored import is_external
 from onnxmerge.ir.weights import add_initializer
 from onnxmerge.methods.measure import Judge
@@ -37,6 +38,7 @@ QUANTIZED = "onnxmerge.quantized"
 _BATCH = 8
 """Samples run at once when ranges are measured."""
 _NO_DATA = "noise"
+_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 def quantize_model(
@@ -64,7 +66,7 @@ def quantize_model(
         output: the `.onnx` file. Inputs, outputs and metadata stay.
         to: the precision.
         data: `D` for all tasks, `TASK=D` for one; float16 needs none.
-        samples: of each task that ranges are taken from.
+        samples: of each task that ranges are taken from; for float16 to see that it holds them.
         keep: layers or nodes that stay in float32.
         max_drop: largest loss of the worst task; the output is not written where it is larger.
         measure: whether latency is measured.
@@ -153,19 +155,37 @@ def _made(
     _one_reader(separate)
     source, made = folder / "plain.onnx", folder / "made.onnx"
     oir.save(separate, source, external_data=f"{source.name}.data" if beside else None)
+    ranges = []
+    for part in parts:
+        feeds = part.merged_feeds(part.data.calibration.take(samples, seed), separate)
+        own = measure_ranges(source, feeds.batches(_batch(separate)), everywhere=to == "float16")
+        ranges.append(_seen(separate, part, own))
     if to == "float16":
+        _check_float16(separate, join_ranges(ranges), keep)
         to_float16(source, made, keep)
     else:
-        ranges = []
-        for part in parts:
-            split = part.data.calibration.take(samples, seed)
-            own = measure_ranges(source, part.merged_feeds(split, separate).batches(_batch(separate)))
-            ranges.append(_seen(separate, part, own))
         quantize_int8(source, made, join_ranges(ranges), keep)
     model = read(made)
+    if to == "float16":
+        _drop_round_trips(model)
     for key in set(model.metadata_props) - set(plain.metadata_props):  # the tools leave notes to themselves
         del model.metadata_props[key]
     return model
+
+
+def _drop_round_trips(model: oir.Model) -> None:
+    """Let what reads float32 that came through float16 read it as it was: the tool casts around every kept node."""
+    infer_shapes(model)
+    for node in list(model.graph):
+        inner = node.inputs[0].producer() if _casts(node, oir.DataType.FLOAT) and node.inputs[0] is not None else None
+        source = inner.inputs[0] if inner is not None and _casts(inner, oir.DataType.FLOAT16) else None
+        if source is not None and source.dtype == oir.DataType.FLOAT and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(source)
+    remove_unneeded(model)
+
+
+def _casts(node: oir.Node, to: oir.DataType) -> bool:
+    return node.op_type == "Cast" and node.attributes["to"].as_int() == to
 
 
 def _one_reader(model: oir.Model) -> None:
@@ -189,11 +209,28 @@ def _seen(model: oir.Model, part: Part, ranges: Ranges) -> Ranges:
     return {name: own for name, own in ranges.items() if name in values}
 
 
+def _check_float16(model: oir.Model, ranges: Ranges, keep: Sequence[str]) -> None:
+    """See that values fit into float16, where onnxruntime would compute in it: on the CPU it mostly does not.
+
+    Raises:
+        ModelError: one does not, and not all nodes that make or read it stay in float32.
+    """
+    for node in model.graph:
+        for value in node.outputs:
+            reach = max((float(np.abs(end).max()) for end in ranges.get(value.name or "", ())), default=0.0)
+            around = [node, *(reader for reader, _ in value.uses())]
+            if reach > _FLOAT16 and not all(own.name in keep for own in around):
+                names = ", ".join(str(own.name) for own in around)
+                raise ModelError(
+                    f"the value {value.name!r} reaches {reach:.3g}, more than float16 holds ({_FLOAT16:g}); "
+                    f"--keep what makes and reads it in float32: {names}"
+                )
+
+
 def _check_finite(tallies: Mapping[str, Tally], to: str) -> None:
     for task, tally in tallies.items():
         if not all(math.isfinite(gap) for gap in tally.differences):
-            reason = ": a value exceeds what float16 holds (65504)" if to == "float16" else ""
-            raise ModelError(f"the outputs of {task} are not finite in {to}{reason}; --keep leaves layers in float32")
+            raise ModelError(f"the outputs of {task} are not finite in {to}; --keep leaves layers in float32")
 
 
 def _latency(
@@ -212,8 +249,8 @@ def _latency(
 
 
 def _told(path: Path, to: str, parts: Sequence[Part], samples: int, seed: int, keep: Sequence[str]) -> str:
-    sources = {part.name: part.data.source for part in parts} if to == "int8" else {}
-    drawn = {"data": sources, "samples": samples, "seed": seed} if sources else {}
+    sources = {part.name: part.data.source for part in parts}
+    drawn = {"data": sources, "samples": samples, "seed": seed} if to == "int8" else {}
     version = library_versions().get("onnxmerge", "")
     told = {"to": to, "model": sha256(path), "keep": list(keep), "version": version, **drawn}
     return json.dumps(told, sort_keys=True)

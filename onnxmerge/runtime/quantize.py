@@ -15,8 +15,10 @@ Ranges = dict[str, tuple[np.ndarray, np.ndarray]]
 """The least and the greatest number that each value took."""
 
 
-def measure_ranges(model: Path, batches: Iterable[Mapping[str, np.ndarray]]) -> Ranges:
-    """The ranges of all values of `model`, a file, that can be held in 8 bits, over `batches` of feeds.
+def measure_ranges(model: Path, batches: Iterable[Mapping[str, np.ndarray]], *, everywhere: bool = False) -> Ranges:
+    """The ranges of the values of `model`, a file, over `batches` of feeds.
+
+    Those of values that operators in 8 bits read or make; of all float values `everywhere`.
 
     One batch is in memory at a time.
 
@@ -31,7 +33,7 @@ def measure_ranges(model: Path, batches: Iterable[Mapping[str, np.ndarray]]) -> 
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder, _telling("calibrate"):
         calibrator = create_calibrator(
             model,
-            _operators(),
+            None if everywhere else _operators(),
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=CalibrationMethod.MinMax,
             use_external_data_format=_is_large(model),
