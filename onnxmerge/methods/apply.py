@@ -55,7 +55,7 @@ class Rewritten:
     Attributes:
         path: of the model written.
         steps: in order.
-        parameters: before and after.
+        parameters: before and after, in the normal form.
         bytes: of the files before and after.
         notes: sentences on what was not compared.
     """
@@ -139,10 +139,10 @@ def apply_model(
                 _check_same(step, differences or {})
             done.append(Applied(step.name, step.kind, wanted, differences))
             runs = after
-        size, count = stored_bytes(file), parameter_count(read(file))
+        size, counts = stored_bytes(file), (parameter_count(load(path)), parameter_count(load(file)))
         with staged(current, target, _metadata(stored, path, steps), beside=beside):
             pass
-    return Rewritten(target, done, (parameter_count(stored), count), (stored_bytes(path), size), notes)
+    return Rewritten(target, done, counts, (stored_bytes(path), size), notes)
 
 
 def _passes(names: Sequence[str], settings: Sequence[str]) -> Iterator[_Step]:

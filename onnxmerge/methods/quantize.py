@@ -89,6 +89,7 @@ def quantize_model(
     stored, plain = read(path), load(path)
     if any(node.op_type == "QuantizeLinear" for node in stored.graph.all_nodes()):
         raise UsageError(f"{path}: is quantized already")
+    count = parameter_count(plain)
     FoldBatchNorm()(plain)
     kept = _nodes(plain, keep, path)
     parts = parts_of(path, plain, parse_data_option(data or [_NO_DATA], task_names_of(path, plain)), seed=seed)
@@ -109,7 +110,7 @@ def quantize_model(
             name=to,
             share=int(stored.metadata_props.get("onnxmerge.share", "0")),
             path=str(target),
-            parameters=parameter_count(stored),
+            parameters=count,
             bytes=stored_bytes(file),
             tasks={task: tally.score() for task, tally in tallies.items()},
             latency_ms=record,
@@ -126,7 +127,7 @@ def quantize_model(
         save(made, target, metadata, beside=is_external(stored))
     notes = [] if reliable else ["The latency was measured on a busy machine and is not reliable."]
     notes += [f"The samples of {part.name} are made up: they say little." for part in parts if part.data.stand_in]
-    return _result(path, stored, parts, candidate, [*notes, *broken], metadata[QUANTIZED], chosen=not broken), broken
+    return _result(path, parts, candidate, [*notes, *broken], metadata[QUANTIZED], chosen=not broken), broken
 
 
 def _nodes(model: oir.Model, keep: Sequence[str], path: Path) -> list[str]:
@@ -258,7 +259,6 @@ def _told(path: Path, to: str, parts: Sequence[Part], samples: int, seed: int, k
 
 def _result(
     path: Path,
-    stored: oir.Model,
     parts: Sequence[Part],
     candidate: Candidate,
     notes: Sequence[str],
@@ -270,7 +270,7 @@ def _result(
         task=parts[0].name if len(parts) == 1 else path.stem,
         path=str(path),
         sha256=sha256(path),
-        parameters=parameter_count(stored),
+        parameters=candidate.parameters,
         bytes=stored_bytes(path),
     )
     return Result(
