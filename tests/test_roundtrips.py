@@ -1,6 +1,8 @@
 """What leaves for other tools and comes back is still what it was: the law holds, and outputs are equal."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,21 @@ def test_a_real_networks_normal_form_comes_back(tmp_path: Path) -> None:
     same_outputs(SHARED / "resnet8_cifar10.onnx", back)
 
 
+def test_a_recipe_deploys_what_was_merged(merged: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
+    _, steps = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "zipped").mkdir()
+    shutil.copy(merged / "zipped.onnx", tmp_path / "zipped/merged.onnx")
+    for task in ("digits", "fashion"):
+        for suffix in ("yaml", "npz"):
+            shutil.copy(DEMO / f"{task}.{suffix}", tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"steps:\n{steps}")
+    code, _, stderr = onnxmerge("run", tmp_path / "recipe.yaml")
+    assert code == 0, stderr
+    assert (tmp_path / "repository/both/1/model.onnx").read_bytes() == (tmp_path / "int8.onnx").read_bytes()
+    assert "max_batch_size: 16" in (tmp_path / "repository/both/config.pbtxt").read_text()
+
+
 # --- a user's edits ---------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +205,19 @@ def test_what_an_editor_meets(merged: Path, edits: Path, arguments: list[str], c
     found, _, stderr = onnxmerge(*line)
     assert found == code and said in stderr and "Traceback" not in stderr, stderr
     assert Path("out.onnx").exists() == (code == 0)
+
+
+def test_the_pages_edit(merged: Path, edits: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/deploy.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    Path("pages_edit.py").write_text(code)
+    line = ("apply", merged / "zipped.onnx", "-o", "out.onnx", "--edit", "pages_edit:name_classes")
+    assert "there is a new output 'digits/class'" in onnxmerge(*line)[2]
+    code, _, stderr = onnxmerge(*line, "--change-interface")
+    assert code == 0, stderr
+    model = onnx.load("out.onnx")
+    found = execute(model, feeds_for(model))
+    np.testing.assert_array_equal(found["fashion/class"], found["fashion/logits"].argmax(axis=1))
 
 
 def test_external_data_stay_external(edits: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as oir
 
-from onnxmerge.data import Split
+from onnxmerge.data import Split, parse_data_option
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.methods.extract import cut_task
@@ -32,45 +32,46 @@ class Part(Task):
         return Feeds(split, self.called, blanks=blanks)
 
 
-def task_names_of(path: Path, model: oir.Model) -> list[str]:
-    """The tasks of a merged model; the file's stem where the model is not merged.
+def merged_tasks(model: oir.Model) -> list[str]:
+    """The tasks of a merged model; none where the model is not merged.
 
     A model is merged when its metadata name its tasks and every output is called `TASK/output`.
     """
     try:
         tasks = list(json.loads(model.metadata_props["onnxmerge.recipe"])["models"])
     except (KeyError, TypeError, ValueError):
-        return [path.stem]
+        return []
     outputs = [value.name or "" for value in model.graph.outputs]
     named = [task for task in tasks if any(output.startswith(f"{task}/") for output in outputs)]
-    merged = bool(named) and all(any(output.startswith(f"{task}/") for task in named) for output in outputs)
-    return named if merged else [path.stem]
+    return named if all(any(output.startswith(f"{task}/") for task in named) for output in outputs) else []
 
 
-def parts_of(path: Path, model: oir.Model, sources: Mapping[str, str], *, seed: int) -> list[Part]:
+def parts_of(path: Path, model: oir.Model, data: Sequence[str], *, seed: int) -> list[Part]:
     """The tasks of `model`, the normal form of the file `path`, with their samples.
+
+    A model that is not merged is one task, called after the file.
 
     Args:
         path: of the model.
         model: stays as it is.
-        sources: data by task.
+        data: `D` for all tasks, `TASK=D` for one.
         seed: of the held-out tenth where a source has no test samples.
 
     Raises:
         UsageError: a source is missing or does not fit its task.
     """
-    names = task_names_of(path, model)
+    tasks = merged_tasks(model)
     networks, called = [], []
-    for name in names:
+    for name in tasks or [path.stem]:
         own = model.clone()
-        inputs = [value.name or "" for value in own.graph.inputs]
-        is_whole = names == [path.stem] and not all((v.name or "").startswith(f"{name}/") for v in own.graph.outputs)
-        called.append({name: name for name in inputs} if is_whole else cut_task(own, name))
+        called.append(
+            cut_task(own, name) if tasks else {value.name or "": value.name or "" for value in own.graph.inputs}
+        )
         networks.append(Network(name, path, own, parameter_count(own)))
-    tasks = with_data(networks, sources, seed=seed)
+    loaded = with_data(networks, parse_data_option(data, [network.name for network in networks]), seed=seed)
     return [
         Part(task.name, task.path, task.model, task.parameters, task.data, called=names)
-        for task, names in zip(tasks, called, strict=True)
+        for task, names in zip(loaded, called, strict=True)
     ]
 
 

@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import onnx_ir as oir
 
-from onnxmerge.data import parse_data_option
 from onnxmerge.errors import ModelError, UsageError
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers, parameter_count
@@ -24,7 +23,7 @@ from onnxmerge.ir.stored import is_external
 from onnxmerge.ir.weights import add_initializer
 from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.pack.pack import claim_file
-from onnxmerge.methods.parts import Part, part_outputs, parts_of, task_names_of
+from onnxmerge.methods.parts import Part, part_outputs, parts_of
 from onnxmerge.methods.same import Runs
 from onnxmerge.methods.scoring import Tally
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
@@ -92,7 +91,7 @@ def quantize_model(
     count = parameter_count(plain)
     FoldBatchNorm()(plain)
     kept = _nodes(plain, keep, path)
-    parts = parts_of(path, plain, parse_data_option(data or [_NO_DATA], task_names_of(path, plain)), seed=seed)
+    parts = parts_of(path, plain, data or [_NO_DATA], seed=seed)
     metadata = {**stored.metadata_props, QUANTIZED: _told(path, to, parts, samples, seed, kept)}
     with tempfile.TemporaryDirectory(prefix="onnxmerge-") as name:
         folder = Path(name)
