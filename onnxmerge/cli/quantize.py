@@ -62,4 +62,4 @@ def quantize(
     )
     options.show(result, as_json=as_json, report=report)
     if broken:
-        raise GateFailed(f"{model}: {broken[0]}; nothing was written")
+        raise GateFailed(*(f"{sentence}; nothing was written" for sentence in broken))

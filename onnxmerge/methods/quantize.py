@@ -21,14 +21,15 @@ from onnxmerge.ir.save import save, stored_bytes
 from onnxmerge.ir.shapes import infer_shapes
 from onnxmerge.ir.stored import is_external
 from onnxmerge.ir.weights import add_initializer
-from onnxmerge.methods.measure import Judge
+from onnxmerge.methods.bounds import Bounds, score_checks
+from onnxmerge.methods.measure import Judge, unreliable_note
 from onnxmerge.methods.pack.pack import claim_file
 from onnxmerge.methods.parts import Part, part_outputs, parts_of
 from onnxmerge.methods.same import Runs
 from onnxmerge.methods.scoring import Tally
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
 from onnxmerge.report.provenance import hardware, library_versions, sha256
-from onnxmerge.report.schema import Candidate, InputRecord, LatencyRecord, Result
+from onnxmerge.report.schema import BoundCheck, Candidate, InputRecord, LatencyRecord, Result
 from onnxmerge.runtime.latency import latency
 from onnxmerge.runtime.quantize import Ranges, join_ranges, measure_ranges, quantize_int8, to_float16
 
@@ -71,7 +72,7 @@ def quantize_model(
         measure: whether latency is measured.
         seed: of the choice of samples.
         threads: for onnxruntime.
-        providers: where latency is measured.
+        providers: where both models run, when they are scored and timed.
         overwrite: replace the files of an earlier run.
 
     Returns:
@@ -99,8 +100,9 @@ def quantize_model(
         file = folder / target.name
         save(made, file, metadata, beside=is_external(stored))
         Runs(path, seed, threads).check_interface(Runs(file, seed, threads), f"{path} in {to}")
-        judge = Judge(parts, folder, threads, seed=seed, outputs=part_outputs(parts))
-        tallies = judge.tally(read(file))
+        judge = Judge(parts, folder, threads, seed=seed, outputs=part_outputs(parts), providers=providers)
+        low = read(file)
+        tallies = {part.name: judge.tally(part, low, {}) for part in parts}
         _check_finite(tallies, to)
         record, reliable = LatencyRecord(), True
         if measure:
@@ -116,17 +118,14 @@ def quantize_model(
             steps=0,
             seconds=time.perf_counter() - begun,
         )
-    drops = {task: score.drop for task, score in candidate.tasks.items() if score.drop is not None}
-    broken = [
-        f"task {task}: drops by {drop:.4f}, more than {max_drop:g}"
-        for task, drop in drops.items()
-        if max_drop is not None and drop > max_drop
-    ]
-    if not broken:
-        save(made, target, metadata, beside=is_external(stored))
-    notes = [] if reliable else ["The latency was measured on a busy machine and is not reliable."]
+    bounds = Bounds(max_drop=max_drop)
+    checks = [check for n, score in candidate.tasks.items() for check in score_checks(str(target), n, score, bounds)]
+    notes = [] if reliable else [unreliable_note(target)]
     notes += [f"The samples of {part.name} are made up: they say little." for part in parts if part.data.stand_in]
-    return _result(path, parts, candidate, [*notes, *broken], metadata[QUANTIZED], chosen=not broken), broken
+    result = _result(path, parts, candidate, notes, metadata[QUANTIZED], checks)
+    if result.chosen is not None:
+        save(made, target, metadata, beside=is_external(stored))
+    return result, result.broken
 
 
 def _nodes(model: oir.Model, keep: Sequence[str], path: Path) -> list[str]:
@@ -262,8 +261,7 @@ def _result(
     candidate: Candidate,
     notes: Sequence[str],
     told: str,
-    *,
-    chosen: bool,
+    checks: Sequence[BoundCheck],
 ) -> Result:
     record = InputRecord(
         task=parts[0].name if len(parts) == 1 else path.stem,
@@ -272,13 +270,17 @@ def _result(
         parameters=candidate.parameters,
         bytes=stored_bytes(path),
     )
-    return Result(
+    result = Result(
         method="quantize",
         versions=library_versions(),
         inputs=[record],
         candidates=[candidate],
-        chosen=candidate.name if chosen else None,
+        chosen=None,
         recipe={"method": "quantize", **json.loads(told)},
         hardware=hardware(),
         notes=list(notes),
+        checks=list(checks),
     )
+    result.chosen = None if result.broken else candidate.name
+    result.notes += result.broken
+    return result

@@ -77,7 +77,7 @@ def _held_against_bounds(result: Result) -> str:
         subject += f", and {kept}"
     merged = fastest.latency_ms.merged
     time = None if merged is None or fastest.latency_ms.speedup is not None else f"{significant(merged)} ms"
-    facts = [time, _speed(fastest), _size(fastest, original_bytes(result)), _worst_drop(fastest)]
+    facts = [time, _speed(fastest, result), _size(fastest, result), _worst_drop(fastest)]
     known = [fact for fact in facts if fact is not None]
     return f"{subject}{': ' if known else ''}{'; '.join(known)}."
 
