@@ -11,6 +11,7 @@ from test_cli import onnxmerge, pair, samples, tiny  # noqa: F401 (fixtures)
 
 from onnxmerge.methods.quantize import quantize_model
 from onnxmerge.runtime.quantize import join_ranges, measure_ranges
+from onnxmerge.runtime.session import open_session, run
 
 FAST = ("--no-measure", "--threads", 1)
 
@@ -180,3 +181,17 @@ def test_tasks_with_inputs_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert [name for name, _ in ends(Path("out.onnx"))] == ["a/x", "b/x", "a/logits", "b/logits"]
     (candidate,) = json.loads(stdout)["candidates"]
     assert set(candidate["tasks"]) == {"a", "b"} and candidate["latency_ms"]["speedup"] > 0
+
+
+@pytest.mark.parametrize("to", ["int8", "float16"])
+def test_external_data_stay_external(tmp_path: Path, samples: Path, to: str) -> None:  # noqa: F811
+    model = onnx.load(tiny(tmp_path / "a.onnx", hidden=64))
+    onnx.save(model, tmp_path / "b.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    line = ("--to", to, "--data", samples, *FAST)
+    code, _, stderr = onnxmerge("quantize", tmp_path / "b.onnx", "-o", tmp_path / "c.onnx", *line)
+    assert code == 0, stderr
+    assert (tmp_path / "c.onnx.data").exists()
+    x = np.load(samples)["x"][:20]
+    ours = run(open_session(tmp_path / "c.onnx"), {"x": x})["logits"]
+    theirs = execute(onnx.load(tmp_path / "a.onnx"), {"x": x})["logits"]
+    assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)

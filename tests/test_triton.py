@@ -168,6 +168,16 @@ def test_external_data_go_into_a_folder(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ours["logits"], theirs["logits"])
 
 
+def test_a_full_disk_leaves_nothing(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    code, _, stderr = onnxmerge("triton", merged, "-o", "repo", "--name", "both")
+    assert code == 2 and "No space left" in stderr and not list(Path("repo").iterdir())
+
+
 @pytest.mark.parametrize("arguments", [["--name", "a/b"], ["--name", ".."], ["--name", ""], ["--version", 0]])
 def test_bad_names_and_versions_are_refused(merged: Path, arguments: list[object]) -> None:
     assert onnxmerge("triton", merged, "-o", "repo", *arguments)[0] == 2

@@ -89,6 +89,7 @@ def quantize_model(
     stored, plain = read(path), load(path)
     if any(node.op_type == "QuantizeLinear" for node in stored.graph.all_nodes()):
         raise UsageError(f"{path}: is quantized already")
+    oir.external_data.load_to_model(plain)  # its tasks run from memory
     count = parameter_count(plain)
     FoldBatchNorm()(plain)
     kept = _nodes(plain, keep, path)
@@ -100,8 +101,17 @@ def quantize_model(
         file = folder / target.name
         save(made, file, metadata, beside=is_external(stored))
         Runs(path, seed, threads).check_interface(Runs(file, seed, threads), f"{path} in {to}")
-        judge = Judge(parts, folder, threads, seed=seed, outputs=part_outputs(parts), providers=providers)
+        judge = Judge(
+            parts,
+            folder,
+            threads,
+            samples=None if data else samples,
+            seed=seed,
+            outputs=part_outputs(parts),
+            providers=providers,
+        )
         low = read(file)
+        oir.external_data.load_to_model(low)
         tallies = {part.name: judge.tally(part, low, {}) for part in parts}
         _check_finite(tallies, to)
         record, reliable = LatencyRecord(), True
@@ -118,13 +128,15 @@ def quantize_model(
             steps=0,
             seconds=time.perf_counter() - begun,
         )
-    bounds = Bounds(max_drop=max_drop)
-    checks = [check for n, score in candidate.tasks.items() for check in score_checks(str(target), n, score, bounds)]
-    notes = [] if reliable else [unreliable_note(target)]
-    notes += [f"The samples of {part.name} are made up: they say little." for part in parts if part.data.stand_in]
-    result = _result(path, parts, candidate, notes, metadata[QUANTIZED], checks)
-    if result.chosen is not None:
-        save(made, target, metadata, beside=is_external(stored))
+        bounds = Bounds(max_drop=max_drop)
+        checks = [
+            check for n, score in candidate.tasks.items() for check in score_checks(str(target), n, score, bounds)
+        ]
+        notes = [] if reliable else [unreliable_note(target)]
+        notes += [f"The samples of {part.name} are made up: they say little." for part in parts if part.data.stand_in]
+        result = _result(path, parts, candidate, notes, metadata[QUANTIZED], checks)
+        if result.chosen is not None:
+            save(made, target, metadata, beside=is_external(stored))
     return result, result.broken
 
 

@@ -196,4 +196,6 @@ def _write_errors(home: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        with contextlib.suppress(OSError):
+            home.rmdir()  # where nothing lies in it yet
         raise UsageError(f"{home}: cannot be written: {error.strerror or error}") from error
