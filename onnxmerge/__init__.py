@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxmerge.calibration.settings import Settings
     from onnxmerge.methods.align import align_models
+    from onnxmerge.methods.apply import apply_model
     from onnxmerge.methods.bounds import Bounds
     from onnxmerge.methods.calibrate import calibrate_model
     from onnxmerge.methods.extract import extract_task
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from onnxmerge.methods.gate.settings import GateSettings
     from onnxmerge.methods.inspect import inspect_model
     from onnxmerge.methods.pack.pack import pack_models
+    from onnxmerge.methods.quantize import quantize_model
+    from onnxmerge.methods.triton import place_model
     from onnxmerge.methods.validate import validate_model
     from onnxmerge.methods.zip.settings import ZipSettings
     from onnxmerge.methods.zip.zip import plan_zip, zip_models
@@ -33,15 +36,18 @@ _HOMES = {
     "Settings": "onnxmerge.calibration.settings",
     "ZipSettings": "onnxmerge.methods.zip.settings",
     "align_models": "onnxmerge.methods.align",
+    "apply_model": "onnxmerge.methods.apply",
     "calibrate_model": "onnxmerge.methods.calibrate",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse.fuse",
     "gate_models": "onnxmerge.methods.gate.gate",
     "inspect_model": "onnxmerge.methods.inspect",
     "pack_models": "onnxmerge.methods.pack.pack",
+    "place_model": "onnxmerge.methods.triton",
     "plan_fuse": "onnxmerge.methods.fuse.fuse",
     "plan_gate": "onnxmerge.methods.gate.gate",
     "plan_zip": "onnxmerge.methods.zip.zip",
+    "quantize_model": "onnxmerge.methods.quantize",
     "validate_model": "onnxmerge.methods.validate",
     "zip_models": "onnxmerge.methods.zip.zip",
 }
@@ -53,15 +59,18 @@ __all__ = [
     "Settings",
     "ZipSettings",
     "align_models",
+    "apply_model",
     "calibrate_model",
     "extract_task",
     "fuse_models",
     "gate_models",
     "inspect_model",
     "pack_models",
+    "place_model",
     "plan_fuse",
     "plan_gate",
     "plan_zip",
+    "quantize_model",
     "validate_model",
     "zip_models",
 ]

@@ -661,9 +661,9 @@ def test_weights_beside_the_model_stay_beside_it(tmp_path: Path) -> None:
 def test_a_failed_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxmerge.methods.pack.parity as parity
 
-    real: Callable[..., parity.Difference] = parity._difference
+    real: Callable[..., parity.Difference] = parity.difference
     broken = {"largest": 1e-3, "identical": False}
-    monkeypatch.setattr(parity, "_difference", lambda *pair: parity.Difference(**(vars(real(*pair)) | broken)))
+    monkeypatch.setattr(parity, "difference", lambda *pair: parity.Difference(**(vars(real(*pair)) | broken)))
     paths = write(tmp_path, a=classifier(1, 5), b=classifier(2, 3))
     with pytest.raises(GateFailed, match=r"the outputs of a differ from the original's by 1\.0e-03"):
         pack(paths)

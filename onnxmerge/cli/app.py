@@ -2,7 +2,24 @@
 
 import typer
 
-from onnxmerge.cli import align, bench, calibrate, demo, extract, fuse, gate, inspect, pack, passes, run, validate, zip
+from onnxmerge.cli import (
+    align,
+    apply,
+    bench,
+    calibrate,
+    demo,
+    extract,
+    fuse,
+    gate,
+    inspect,
+    pack,
+    passes,
+    quantize,
+    run,
+    triton,
+    validate,
+    zip,
+)
 from onnxmerge.cli.recipe import Told
 
 app = typer.Typer(
@@ -19,9 +36,12 @@ app.command("zip", cls=Told)(zip.zip)
 app.command("fuse", cls=Told)(fuse.fuse)
 app.command("gate", cls=Told)(gate.gate)
 app.command("calibrate", cls=Told)(calibrate.calibrate)
+app.command("quantize", cls=Told)(quantize.quantize)
 app.command("validate", cls=Told)(validate.validate)
 app.command("extract", cls=Told)(extract.extract)
+app.command("apply", cls=Told)(apply.apply)
 app.command("bench", cls=Told)(bench.bench)
+app.command("triton", cls=Told)(triton.triton)
 app.command("run")(run.run)
 app.command("passes")(passes.passes)
 app.command("demo")(demo.demo)

@@ -40,7 +40,7 @@ class Step:
     Attributes:
         command: its name.
         values: by the name of an argument or option: a text, a number, a truth value, a list of these, or
-            {task: text}.
+            {task or setting: text}.
     """
 
     command: str
@@ -102,7 +102,8 @@ def _flag(name: str, value: object, parameter: Any) -> list[str]:
 
 def _texts(name: str, value: object) -> list[str]:
     if isinstance(value, Mapping):
-        return [f"{task}={text}" for task, own in value.items() for text in _texts(name, own)]
+        plain = {key: str(own).lower() if isinstance(own, bool) else own for key, own in value.items()}
+        return [f"{key}={text}" for key, own in plain.items() for text in _texts(name, own)]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [text for own in value for text in _texts(name, own)]
     if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -3,9 +3,9 @@
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -14,6 +14,7 @@ from onnxmerge.cli import options
 from onnxmerge.cli.errors import reports_errors
 from onnxmerge.cli.recipe import Step, arguments, read_recipe
 from onnxmerge.errors import UsageError
+from onnxmerge.user_code import is_code
 
 
 @reports_errors
@@ -21,7 +22,8 @@ def run(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="recipe.yaml", help="The recipe.", show_default=False)],
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let data be module:function, which runs code of the recipe's choice.")
+        bool,
+        typer.Option("--trust-code", help="Let data, passes and edits be code of the recipe's choice (module:name)."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and stop.")] = False,
     resume: options.Resume = False,
@@ -71,13 +73,18 @@ def _line(recipe: Path, number: int, step: Step, commands: Mapping[str, TyperCom
         raise UsageError(f"{where}: {error}") from error
     except typer.TyperException as error:
         raise UsageError(f"{where}: {error.format_message()}") from error
-    code = next((own for own in given.get("data") or () if _is_code(own)), None)
+    code = next(_code(given), None)
     if code is not None and not trusted:
-        raise UsageError(f"{where}: data {code} would run code; --trust-code allows it")
+        raise UsageError(f"{where}: {code} would run code; --trust-code allows it")
     return line
 
 
-def _is_code(source: str) -> bool:
-    from onnxmerge.data.generated import is_function
+def _code(given: Mapping[str, Any]) -> Iterator[str]:
+    """What of a command's parameters names a user's own Python. Installed passes go by names without a colon."""
+    yield from (f"data {own}" for own in given.get("data") or () if _is_function(own))
+    yield from (f"pass {own}" for own in given.get("passes") or () if ":" in own)
+    yield from (f"edit {own}" for own in given.get("edits") or ())
 
-    return not Path(source).exists() and is_function(source.rpartition("=")[2])
+
+def _is_function(source: str) -> bool:
+    return not Path(source).exists() and is_code(source.rpartition("=")[2])

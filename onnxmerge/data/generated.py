@@ -1,11 +1,7 @@
 """`module:function`: batches made by a user's own Python function."""
 
-import importlib
-import re
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -14,13 +10,7 @@ from onnxmerge.data.arrays import LABELS, ArraySamples, looked_through
 from onnxmerge.data.dataset import Dataset, InputSpec, hold_out
 from onnxmerge.data.prepare import Preparation
 from onnxmerge.errors import UsageError
-
-PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-
-
-def is_function(source: str) -> bool:
-    """Whether `source` names a Python function; anything that exists is a path."""
-    return PATTERN.fullmatch(source) is not None and not Path(source).exists()
+from onnxmerge.user_code import guarded, imported
 
 
 class _Column:
@@ -76,19 +66,11 @@ def load_function(source: str, specs: Sequence[InputSpec], seed: int) -> Dataset
 
 def _batches(source: str) -> Iterable[Any]:
     """Import and call the function; whatever it raises ends in one sentence."""
-    module_name, _, function_name = source.partition(":")
-    sys.path.insert(0, "")  # the console script does not look in the current folder by itself
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
+    with guarded(source):
+        function = imported(source)
         if not callable(function):
             raise UsageError(f"{source}: is not a function")
         yield from function()
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{source}: failed with {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove("")
 
 
 def _arrays_of(batch: Any, where: str, specs: Sequence[InputSpec], label_key: str | None) -> dict[str, np.ndarray]:

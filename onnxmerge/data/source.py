@@ -8,11 +8,12 @@ from onnxmerge.data.archive import Archive
 from onnxmerge.data.arrays import Names, load_archive
 from onnxmerge.data.card import CARD_SUFFIXES, load_card
 from onnxmerge.data.dataset import Dataset, InputSpec
-from onnxmerge.data.generated import is_function, load_function
+from onnxmerge.data.generated import load_function
 from onnxmerge.data.images import load_folder
 from onnxmerge.data.prepare import Preparation
 from onnxmerge.data.stand_in import is_stand_in, load_stand_in
 from onnxmerge.errors import UsageError
+from onnxmerge.user_code import is_code
 
 
 def load_dataset(source: str | os.PathLike[str], inputs: Sequence[InputSpec], *, seed: int = 0) -> Dataset:
@@ -43,6 +44,6 @@ def load_dataset(source: str | os.PathLike[str], inputs: Sequence[InputSpec], *,
         return load_folder(path, inputs, seed, Preparation())
     if path.suffix in CARD_SUFFIXES and path.exists():
         return load_card(path, inputs, seed)
-    if is_function(name):
+    if is_code(name):
         return load_function(name, inputs, seed)
     return load_archive(Archive(path), inputs, seed, Names(), Preparation())

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxmerge.data.dataset import Batch, Dataset, InputSpec, Split
-from onnxmerge.data.generated import PATTERN
 from onnxmerge.data.prepare import IMAGE_CHANNELS, ImageInput, convert, describe, is_floating
 from onnxmerge.errors import UsageError
+from onnxmerge.user_code import PATTERN
 
 CALIBRATION, HELD_OUT = 10_000, 1_000
 """How many samples there are to calibrate with, and how many are held out."""

@@ -99,10 +99,12 @@ def _write_errors(target: Path) -> Iterator[None]:
 def stored_bytes(path: str | os.PathLike[str]) -> int:
     """Size of the model file at `path` and of the external data files that it names."""
     file = Path(path)
-    proto = onnx.load(file, load_external_data=False)
-    external = {
-        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    return file.stat().st_size + sum(
-        (file.parent / name).stat().st_size for name in sorted(external) if (file.parent / name).is_file()
-    )
+    external = [file.parent / name for name in external_files(file)]
+    return file.stat().st_size + sum(own.stat().st_size for own in external if own.is_file())
+
+
+def external_files(path: str | os.PathLike[str]) -> list[str]:
+    """The external data files that the model at `path` names, relative to its folder."""
+    graph = onnx.load(path, load_external_data=False).graph
+    entries = [entry for tensor in graph.initializer for entry in tensor.external_data]
+    return sorted({entry.value for entry in entries if entry.key == "location"})

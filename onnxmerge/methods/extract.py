@@ -50,16 +50,11 @@ def extract_task(
     model = read(merged)
     beside = is_external(model)
     graph = model.graph
-    own = [value for value in graph.outputs if (value.name or "").startswith(f"{task}/")]
-    if not own:
+    if not any((value.name or "").startswith(f"{task}/") for value in graph.outputs):
         tasks = dict.fromkeys(name.split("/")[0] for v in graph.outputs if "/" in (name := v.name or ""))
         raise UsageError(f"{merged}: {_unknown(task, list(tasks))}")
-    TakeStream(task)(model)
-    graph.outputs.clear()
-    graph.outputs.extend(own)
-    remove_unneeded(model)
-    _restore_inputs(graph, task, model.metadata_props)
-    for value in own:
+    cut_task(model, task)
+    for value in graph.outputs:
         value.name = (value.name or "").removeprefix(f"{task}/")
     MergeIdenticalNodes()(model)
     _pass_inputs_through(graph)
@@ -69,14 +64,29 @@ def extract_task(
     return model
 
 
+def cut_task(model: oir.Model, task: str) -> dict[str, str]:
+    """Leave of a merged model what computes the outputs `TASK/...`, in place; its inputs get their own names again.
+
+    Returns:
+        For each input that is left, what the merged model called it.
+    """
+    graph = model.graph
+    own = [value for value in graph.outputs if (value.name or "").startswith(f"{task}/")]
+    TakeStream(task)(model)
+    graph.outputs.clear()
+    graph.outputs.extend(own)
+    remove_unneeded(model)
+    return _restore_inputs(graph, task, model.metadata_props)
+
+
 def _unknown(task: str, tasks: list[str]) -> str:
     if not tasks:
         return "is no merged model: its outputs are not called TASK/output"
     return f"has no task {task!r}; its tasks are {', '.join(tasks)}"
 
 
-def _restore_inputs(graph: oir.Graph, task: str, metadata: Mapping[str, str]) -> None:
-    """Keep the inputs that the task had, or reads, and give them their own names again."""
+def _restore_inputs(graph: oir.Graph, task: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Keep the inputs that the task had, or reads, and give them their own names again: of each the name it had."""
     try:
         original = json.loads(metadata["onnxmerge.recipe"])["inputs"][task]
     except (KeyError, TypeError, ValueError):  # zip keeps no names of inputs: they are the first network's
@@ -85,8 +95,10 @@ def _restore_inputs(graph: oir.Graph, task: str, metadata: Mapping[str, str]) ->
     kept = {name: present[called] for name, called in original.items() if called in present}
     graph.inputs.clear()
     graph.inputs.extend(dict.fromkeys(kept.values()))
+    called = {value: value.name or "" for value in graph.inputs}
     for name, value in kept.items():
         value.name = name
+    return {value.name or "": name for value, name in called.items()}
 
 
 def _pass_inputs_through(graph: oir.Graph) -> None:

@@ -5,8 +5,10 @@ from onnxmerge.report.schema import Candidate, LayerMap, Result
 
 
 def task_names(result: Result) -> list[str]:
-    """All tasks, the inputs' first and in their order."""
+    """All tasks, the inputs' first and in their order; those of a merged model where that is the only input."""
     names = [record.task for record in result.inputs]
+    if len(names) == 1 and any(candidate.tasks and names[0] not in candidate.tasks for candidate in result.candidates):
+        names = []
     for candidate in result.candidates:
         names.extend(task for task in candidate.tasks if task not in names)
     return names
@@ -56,7 +58,7 @@ def headline(result: Result) -> str:
         return _nothing_chosen(result)
     if is_fused(result):
         return _fused(chosen, result)
-    facts = [_size(chosen, original_bytes(result)), _speed(chosen), _worst_drop(chosen)]
+    facts = [_size(chosen, result), _speed(chosen, result), _worst_drop(chosen)]
     known = [fact for fact in facts if fact is not None]
     return f"{_sharing(chosen, result)}{': ' if known else ''}{'; '.join(known)}."
 
@@ -75,13 +77,13 @@ def _held_against_bounds(result: Result) -> str:
         subject += f", and {kept}"
     merged = fastest.latency_ms.merged
     time = None if merged is None or fastest.latency_ms.speedup is not None else f"{significant(merged)} ms"
-    facts = [time, _speed(fastest), _size(fastest, original_bytes(result)), _worst_drop(fastest)]
+    facts = [time, _speed(fastest, result), _size(fastest, result), _worst_drop(fastest)]
     known = [fact for fact in facts if fact is not None]
     return f"{subject}{': ' if known else ''}{'; '.join(known)}."
 
 
 def _fused(chosen: Candidate, result: Result) -> str:
-    facts = [_against_originals(chosen, result), _size(chosen, original_bytes(result)), _speed(chosen)]
+    facts = [_against_originals(chosen, result), _size(chosen, result), _speed(chosen, result)]
     known = [fact for fact in facts if fact is not None]
     return f"{one_line(chosen.name)} was chosen, {_why(chosen, result)}{': ' if known else ''}{'; '.join(known)}."
 
@@ -157,19 +159,22 @@ def _sharing(chosen: Candidate, result: Result) -> str:
     return f"{name} was chosen, which shares {', '.join([f'{stem} between {tasks} tasks', *branches])}"
 
 
-def _size(chosen: Candidate, separate: int | None) -> str | None:
+def _size(chosen: Candidate, result: Result) -> str | None:
+    separate = original_bytes(result)
     if separate is None:
         return None
+    originals = "the original" if len(result.inputs) == 1 else "the originals together"
     saved = 1 - chosen.bytes / separate
     sizes = f"({megabytes(chosen.bytes)} MB for {megabytes(separate)} MB)"
     if abs(saved) < 0.005:
-        return f"as large as the originals together {sizes}"
-    return f"{abs(100 * saved):.0f} % {'smaller' if saved > 0 else 'larger'} than the originals together {sizes}"
+        return f"as large as {originals} {sizes}"
+    return f"{abs(100 * saved):.0f} % {'smaller' if saved > 0 else 'larger'} than {originals} {sizes}"
 
 
-def _speed(chosen: Candidate) -> str | None:
+def _speed(chosen: Candidate, result: Result) -> str | None:
     speedup = chosen.latency_ms.speedup
-    return None if speedup is None else f"{significant(speedup)} times as fast as the originals run separately"
+    originals = "the original" if len(result.inputs) == 1 else "the originals run separately"
+    return None if speedup is None else f"{significant(speedup)} times as fast as {originals}"
 
 
 def _worst_drop(candidate: Candidate) -> str | None:

@@ -47,7 +47,8 @@ def result_table(result: Result, width: int = 100) -> Table:
     names = [one_line(c.name) + (" *" if c.name == result.chosen else "") for c in result.candidates]
     found = columns(result)
     others = [one_line(name) for name, _ in other_rows(result, found)]
-    first = min(LONGEST_NAME, max(map(cell_len, [*names, *others, ORIGINALS])))
+    originals = ORIGINALS if len(result.inputs) != 1 else ORIGINALS.removesuffix("s")
+    first = min(LONGEST_NAME, max(map(cell_len, [*names, *others, originals])))
     shown = _fit(found, width - first, letters)
     # The box puts one space between columns, the padding the rest of the gap.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
@@ -59,7 +60,7 @@ def result_table(result: Result, width: int = 100) -> Table:
         table.add_column(header, justify="right", no_wrap=True, min_width=_width(column, letters))
     if any(column.separate is not None for column in shown):
         separate = [Text(column.separate or UNMEASURED) for column in shown]
-        table.add_row(Text(ORIGINALS), *separate, style="dim")
+        table.add_row(Text(originals), *separate, style="dim")
     for other, cells in other_rows(result, shown):
         table.add_row(Text(one_line(other)), *(Text(cell or UNMEASURED) for cell in cells), style="dim")
     for row, (candidate, name) in enumerate(zip(result.candidates, names, strict=True)):

@@ -76,7 +76,7 @@ def compare(
             continue
         if failure is not None:
             raise ModelError(f"{packed.name}: {failure}, but {original.path} runs on the same inputs") from failure
-        found[task] = _difference({name: outputs[f"{task}/{name}"] for name in expected}, expected)
+        found[task] = difference({name: outputs[f"{task}/{name}"] for name in expected}, expected)
     return found, notes
 
 
@@ -94,7 +94,8 @@ def _run_packed(
     return feeds, {}, failure
 
 
-def _difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> Difference:
+def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> Difference:
+    """How far the outputs `got` are from those of the same names in `expected`."""
     pairs = [(np.asarray(got[name]), np.asarray(expected[name])) for name in expected]
     if all(_is_same(ours, theirs) for ours, theirs in pairs):
         return Difference(identical=True, largest=0.0, relative=0.0)
