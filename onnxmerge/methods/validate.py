@@ -9,8 +9,9 @@ from pathlib import Path
 import onnx_ir as oir
 
 from onnxmerge.errors import UsageError
+from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import parameter_count
-from onnxmerge.ir.load import load
+from onnxmerge.ir.load import load, read
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.methods.bounds import Bounds, score_checks, size_checks, speed_checks, timed, tolerance_check
 from onnxmerge.methods.measure import Bench, Judge, nodes_note, unreliable_note
@@ -52,6 +53,7 @@ def validate_model(
     bounds = bounds or Bounds()
     begun = time.perf_counter()
     model = load(merged)
+    scored = _as_stored(merged, model)
     networks = [_original(task, path) for task, path in against.items()]
     _check_outputs(merged, model, networks)
     tolerances = bounds.tolerances([name for names in task_outputs(networks).values() for name in names])
@@ -66,7 +68,7 @@ def validate_model(
         judge = Judge(tasks, Path(folder), threads, samples=samples, seed=seed, providers=providers)
         for task in tasks:
             started = time.perf_counter()
-            tally = judge.tally(task, model, tolerances)
+            tally = judge.tally(task, scored, tolerances)
             scores[task.name] = tally.score()
             names = task_outputs([task])[task.name]
             gaps = [(name, gap) for name, gap in zip(names, tally.gaps, strict=True) if gap is not None]
@@ -114,6 +116,16 @@ def validate_model(
     result.chosen = None if broken else candidate.name
     result.notes += broken
     return result, broken
+
+
+def _as_stored(path: str | os.PathLike[str], normal: oir.Model) -> oir.Model:
+    """The model at `path` as stored, where it takes the batches that its normal form takes; else the normal form.
+
+    Folding constants takes the rounding out of quantized weights.
+    """
+    stored = read(path)
+    takes = [dims(value)[:1] for value in stored.graph.inputs] == [dims(value)[:1] for value in normal.graph.inputs]
+    return stored if takes and not stored.functions else normal
 
 
 def _original(task: str, path: str | os.PathLike[str]) -> Network:
