@@ -1,7 +1,9 @@
 """Triton's config.pbtxt: written for a model, read back, and held against one.
 
 The format is protobuf's text format, of which what such files use is read: fields with numbers, words, strings, lists
-and messages. See the pages "Model Configuration" and "Model Repository" of the Triton Inference Server's user guide.
+and messages. protobuf's own reader would need the whole of Triton's schema: it cannot pass over an unknown list of
+messages, such as instance groups. See the pages "Model Configuration" and "Model Repository" of the Triton Inference
+Server's user guide.
 """
 
 import re
