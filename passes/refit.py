@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as oir
 
+from onnxmerge.errors import UsageError
 from onnxmerge.ir.compose import cut_out
 from onnxmerge.ir.layers import Layer, find_layers
 from onnxmerge.ir.weights import get_array, set_array
@@ -181,7 +182,7 @@ class Refit(oir.passes.InPlacePass):
         targets = list(dict.fromkeys(fit.target for wave in waves for fit in wave))
         grids = next(stream(piece, student, targets, threads=self.threads, size=1))
         seen = {
-            task: self._observe(teacher, waves, grids, cut, room / f"teacher{number}")
+            task: self._observe(task, teacher, waves, grids, cut, room / f"teacher{number}")
             for number, (task, teacher) in enumerate(teachers.items())
         }
         for wave in waves:
@@ -227,9 +228,13 @@ class Refit(oir.passes.InPlacePass):
         return target_of(layer, unfinished) if self.compensate else (layer.linear.name or "", None)
 
     def _observe(
-        self, teacher: Teacher, waves: Sequence[_Wave], examples: Arrays, cut: str | None, folder: Path
+        self, task: str, teacher: Teacher, waves: Sequence[_Wave], examples: Arrays, cut: str | None, folder: Path
     ) -> _Seen:
-        """Run a teacher once; `examples` are the targets' values for one sample."""
+        """Run a teacher once; `examples` are the targets' values for one sample.
+
+        Raises:
+            UsageError: the teacher has values of another grid for a target.
+        """
         places: dict[str, list[Positions]] = {fit.name: [] for wave in waves for fit in wave}
         for wave in waves:
             generator = np.random.default_rng(self.seed)
@@ -240,12 +245,19 @@ class Refit(oir.passes.InPlacePass):
                     needed = positions_needed(fan_in + 1, teacher.count)
                     places[fit.name].append(Positions.sample(generator, grid, needed))
         known = [fit for wave in waves for fit in wave if fit.target in teacher.values]
-        kept = keep(self._observed(teacher, known, places, cut), folder).arrays
+        grids = {fit.target: grid_of(examples[fit.target], channel_axis(fit.layer)) for fit in known}
+        kept = keep(self._observed(task, teacher, known, places, grids, cut), folder).arrays
         numbered = {fit.name: kept[f"target {number}"] for number, fit in enumerate(known)}
         return _Seen(places, numbered, kept["cut"] if cut is not None else None)
 
     def _observed(
-        self, teacher: Teacher, fits: Sequence[_Fit], places: Mapping[str, Sequence[Positions]], cut: str | None
+        self,
+        task: str,
+        teacher: Teacher,
+        fits: Sequence[_Fit],
+        places: Mapping[str, Sequence[Positions]],
+        grids: Mapping[str, tuple[int, ...]],
+        cut: str | None,
     ) -> Iterator[Arrays]:
         names = [teacher.values[name] for name in (*(fit.target for fit in fits), *([] if cut is None else [cut]))]
         source = teacher.model, teacher.samples, list(dict.fromkeys(names))
@@ -255,6 +267,7 @@ class Refit(oir.passes.InPlacePass):
             count = len(values[names[0]])
             for number, fit in enumerate(fits):
                 target = values[teacher.values[fit.target]]
+                _see_that_grids_agree(task, teacher, fit, grids[fit.target], target)
                 rows = output_rows(target, channel_axis(fit.layer), places[fit.name][start // BATCH])
                 if fit.target in teacher.orders:
                     rows = rows[:, teacher.orders[fit.target]]
@@ -302,6 +315,16 @@ class Refit(oir.passes.InPlacePass):
             start = stop
         parts = {fit.name: dict(zip(tasks, own.split(len(tasks)), strict=True)) for fit, tasks, own in known}
         return {task: [parts.get(fit.name, {}).get(task, Regression()) for fit in wave] for task in seen}
+
+
+def _see_that_grids_agree(task: str, teacher: Teacher, fit: _Fit, ours: tuple[int, ...], target: np.ndarray) -> None:
+    theirs = grid_of(target, channel_axis(fit.layer))
+    if theirs != ours:
+        sizes = ["x".join(map(str, grid)) or "1" for grid in (ours, theirs)]
+        raise UsageError(
+            f"{fit.name} has {sizes[0]} positions and stands for {teacher.values[fit.target]} of {task}, which has "
+            f"{sizes[1]}: least squares compares layers position by position"
+        )
 
 
 def _sharing(teachers: Mapping[str, Teacher]) -> list[list[str]]:

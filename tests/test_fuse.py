@@ -117,6 +117,19 @@ def test_calibration_never_ends_worse_than_it_began(folder):
     assert min(loss for _, loss in losses) <= losses[0][1]
 
 
+def test_maps_of_unequal_size_are_refused(tmp_path):
+    for seed, (name, strides) in enumerate({"deep": (2, 1, 2), "shallow": (2, 1)}.items()):
+        net = Net(seed)
+        value = net.input(["N", 3, 10, 10])
+        for stride in strides:
+            value = net.relu(net.conv(value, 6, strides=[stride, stride]))
+        net.head(value)
+        onnx.save(net.proto(), tmp_path / f"{name}.onnx")
+    write_data(tmp_path, (3, 10, 10), samples=60)
+    with pytest.raises(UsageError, match="has 5x5 positions and stands for .* of deep, which has 3x3"):
+        fuse(tmp_path, "deep", "shallow", into=str(tmp_path / "shallow.onnx"))
+
+
 def test_networks_of_different_tasks_are_refused(folder):
     path = folder("dense")
     onnx.save(dense(sizes=(6, 12, 10, 3)).proto(), path / "c.onnx")
