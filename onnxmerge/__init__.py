@@ -8,6 +8,7 @@ The functions are imported when they are first used.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from onnxmerge.methods.validate import validate_model
     from onnxmerge.methods.zip.settings import ZipSettings
     from onnxmerge.methods.zip.zip import plan_zip, zip_models
+
+    __version__: str
 
 _HOMES = {
     "Bounds": "onnxmerge.methods.bounds",
@@ -58,6 +61,7 @@ __all__ = [
     "GateSettings",
     "Settings",
     "ZipSettings",
+    "__version__",
     "align_models",
     "apply_model",
     "calibrate_model",
@@ -77,6 +81,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("onnxmerge")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'onnxmerge' has no attribute {name!r}")

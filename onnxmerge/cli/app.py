@@ -1,5 +1,7 @@
 """The Typer application and its entry point."""
 
+from typing import Annotated
+
 import typer
 
 from onnxmerge.cli import (
@@ -22,13 +24,31 @@ from onnxmerge.cli import (
 )
 from onnxmerge.cli.recipe import Told
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from onnxmerge import __version__
+
+        print(f"onnxmerge {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="onnxmerge",
-    help="Merge trained ONNX networks of different tasks into one that does all their jobs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def onnxmerge(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version and stop.", callback=_print_version)
+    ] = False,
+) -> None:
+    """Merge trained ONNX networks of different tasks into one that does all their jobs."""
+
+
 app.command("inspect", cls=Told)(inspect.inspect)
 app.command("align", cls=Told)(align.align)
 app.command("pack", cls=Told)(pack.pack)
@@ -49,4 +69,4 @@ app.command("demo")(demo.demo)
 
 def main() -> None:
     """Entry point of the `onnxmerge` command."""
-    app()
+    app(prog_name="onnxmerge")

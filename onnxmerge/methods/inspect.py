@@ -15,7 +15,7 @@ from onnxmerge.methods.check import check_spaces
 def inspect_model(
     path: str | os.PathLike[str], *, check: bool = False, seed: int = 0, threads: int | None = None
 ) -> dict[str, Any]:
-    """The analysis of one model as plain data (see the README for the keys).
+    """The analysis of one model as plain data (docs/inspect.md tells the keys).
 
     Args:
         path: the ONNX file.
