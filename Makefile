@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # The two onnxruntime wheels exclude each other: gpu only where an NVIDIA driver answers.
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types dist check-dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/onnxmerge demo --overwrite
@@ -26,10 +26,26 @@ types: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types .
 	cd build/types && $(abspath $(BIN))/python -m mypy --config-file $(abspath pyproject.toml) -p onnxmerge
 
+# The sdist, and the wheel made from it.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+# As a user gets it: the wheel alone in an environment of its own, run from outside the repository.
+check-dist: dist
+	rm -rf build/clean
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[$(RUNTIME)]"
+	cd / && $(abspath build/clean)/bin/onnxmerge --version
+	cd / && $(abspath build/clean)/bin/python -m onnxmerge passes --json > /dev/null
+	cd / && demo=$$($(abspath build/clean)/bin/python -c 'import onnxmerge.demo as d; print(d.__path__[0])') && \
+		$(abspath build/clean)/bin/onnxmerge inspect --check $$demo/digits.onnx
+	rm -rf build/clean
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-out examples/pipeline/out
+	rm -rf $(VENV) build dist *.egg-info demo-out examples/pipeline/out

@@ -20,19 +20,23 @@ class Drawing:
         self.parts: list[str] = []
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, line: str = "none", r: float = 0) -> None:
+        """A rectangle."""
         at = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{r:g}"'
         self.parts.append(f'<rect {at} fill="{fill}" stroke="{line}"/>')
 
     def text(self, x: float, y: float, words: str, fill: str = INK, size: int = 13, anchor: str = "middle") -> None:
+        """Words on one line."""
         how = f'fill="{fill}" font-size="{size}" text-anchor="{anchor}"'
         self.parts.append(f'<text x="{x:g}" y="{y:g}" {how}>{words}</text>')
 
     def arrow(self, *points: tuple[float, float], colour: str = INK) -> None:
+        """A line through points, with a head at its end."""
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
         how = f'fill="none" stroke="{colour}" stroke-width="1.6" marker-end="url(#head-{colour[1:]})"'
         self.parts.append(f'<polyline points="{path}" {how}/>')
 
     def svg(self) -> str:
+        """The file's text."""
         width, height = self.size
         heads = "".join(
             f'<marker id="head-{colour[1:]}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '

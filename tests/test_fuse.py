@@ -126,7 +126,7 @@ def test_maps_of_unequal_size_are_refused(tmp_path):
         net.head(value)
         onnx.save(net.proto(), tmp_path / f"{name}.onnx")
     write_data(tmp_path, (3, 10, 10), samples=60)
-    with pytest.raises(UsageError, match="has 5x5 positions and stands for .* of deep, which has 3x3"):
+    with pytest.raises(UsageError, match=r"has 5x5 positions and stands for .* of deep, which has 3x3"):
         fuse(tmp_path, "deep", "shallow", into=str(tmp_path / "shallow.onnx"))
 
 
