@@ -30,7 +30,6 @@ from onnxmerge.data.card import read_card
 from onnxmerge.methods import timing
 from onnxmerge.runtime import latency
 
-pytestmark = pytest.mark.slow
 ids = [page.name for page in PAGES]
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 
@@ -157,6 +156,7 @@ def hasty(measure: Callable[..., Any]) -> Callable[..., Any]:
     return lambda variants, **named: measure(variants, **named | {"runs": 20, "min_seconds": 0.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_commands_do_what_the_page_says(page: Path, folder: Path) -> None:
     code = [block.text for block in blocks(page) if block.language == "python"]
