@@ -80,13 +80,13 @@ def calibrate_model(
     _check_inputs(merged, model, networks)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = _at_most(with_data(networks, sources, seed=settings.seed), samples, settings.seed)
-    folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = recipe_of("calibrate", tasks, asdict(settings), merged=sha256(Path(merged)), samples=samples)
-    shelf = Shelf(folder, recipe, resume=resume)
-    if shelf.model_path(CALIBRATED).exists() and shelf.model_path(CALIBRATED).samefile(merged):
-        raise UsageError(f"{output}: holds the merged model itself; choose another output folder")
-    notes = _without_teacher(model, outputs)
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    claimed = claim_folder(output, overwrite=overwrite or resume)
+    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+        shelf = Shelf(folder, recipe, resume=resume)
+        if shelf.model_path(CALIBRATED).exists() and shelf.model_path(CALIBRATED).samefile(merged):
+            raise UsageError(f"{output}: holds the merged model itself; choose another output folder")
+        notes = _without_teacher(model, outputs)
         judge = Judge(tasks, Path(temporary), settings.threads, outputs=outputs)
         given = _candidate(GIVEN, Path(merged), model, judge)
         found = shelf.get(CALIBRATED)
@@ -98,18 +98,18 @@ def calibrate_model(
             found = _candidate(CALIBRATED, path, model, judge)
             found.steps, found.losses, found.seconds = losses[-1][0], losses, time.perf_counter() - begun
             shelf.put(found)
-    result = Result(
-        method="calibrate",
-        versions=library_versions(),
-        inputs=[task.record() for task in tasks],
-        candidates=[given, found],
-        chosen=found.name,
-        recipe=recipe,
-        hardware=hardware(),
-        notes=notes,
-    )
-    write_report(result, folder)
-    return result
+        result = Result(
+            method="calibrate",
+            versions=library_versions(),
+            inputs=[task.record() for task in tasks],
+            candidates=[given, found],
+            chosen=found.name,
+            recipe=recipe,
+            hardware=hardware(),
+            notes=notes,
+        )
+        write_report(result, folder)
+        return result
 
 
 def _train(
