@@ -14,6 +14,9 @@ try:
 except ImportError:  # Windows, where nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
+_LARGEST = 100_000
+"""Nodes that a YAML file may have."""
+
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file without tags holds.
@@ -24,11 +27,35 @@ def read_yaml(path: Path) -> Any:
     import yaml  # only what reads YAML loads it
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise UsageError(f"{path}: is nested too deep") from error
+    # the last four come from scalars that are not what they look like, such as the date 2020-13-45
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _size(node: Any, known: dict[Any, int]) -> int:
+    """How many nodes there are once every alias is written out.
+
+    Raises:
+        ValueError: more than `_LARGEST`, or one holds itself.
+    """
+    if node not in known:
+        known[node] = _LARGEST
+        inside = [] if isinstance(node.value, str) else node.value  # of a mapping, pairs
+        parts = [part for own in inside for part in (own if isinstance(own, tuple) else (own,))]
+        known[node] = 1 + sum(_size(part, known) for part in parts)
+    if known[node] >= _LARGEST:
+        raise ValueError("its aliases (*) stand for too much")
+    return known[node]
 
 
 def place_while_written(target: Path) -> Path:

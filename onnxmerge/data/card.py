@@ -87,6 +87,8 @@ def load_card(path: Path, specs: Sequence[InputSpec], seed: int) -> Dataset:
     """
     card = read_card(path)
     target = path.parent / card.file
+    if not target.exists():
+        raise UsageError(f"{path}: names the file {target}, but there is no such file")
     preparation = Preparation(card.scale, card.mean, card.std, card.layout, card.resize)
     if target.is_dir():
         if card.inputs or card.labels or card.test_inputs or card.test_labels:
