@@ -56,11 +56,17 @@ def check(requests: Mapping[Path, Request], folder: Path) -> list[int]:
     for path, answer in zip(requests, answers, strict=True):
         said = answer["said"]
         sound = answer["code"] in (0, 1) and "error" not in said
-        one_sentence = said.startswith("onnxmerge: error: ") and said.count("\n") == 1 and path.name in said
+        named = path.name in said or (path.suffix == ".yaml" and names_what_stands_in(path, said))
+        one_sentence = said.startswith("onnxmerge: error: ") and said.count("\n") == 1 and named
         if answer["fault"] or "Traceback" in said or not (sound or (answer["code"] in (2, 3) and one_sentence)):
             wrong.append(answer)
     assert not wrong, f"{len(wrong)} of {len(answers)}, first: " + json.dumps(wrong, indent=1)
     return [answer["code"] for answer in answers]
+
+
+def names_what_stands_in(card: Path, said: str) -> bool:
+    """A card may well be one, of files that are not there."""
+    return said.removeprefix("onnxmerge: error: ").split(": ")[0] in card.read_text(errors="replace")
 
 
 @pytest.fixture
@@ -88,12 +94,12 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "count"), [("inspect", 10), ("pack", 10), ("zip", 8), ("validate", 10)])
+@pytest.mark.parametrize(("command", "count"), [("inspect", 10), ("pack", 10), ("zip", 8), ("validate", 20)])
 def test_damaged_networks(command: str, count: int, networks: dict[str, Path], folder: Path, tmp_path: Path) -> None:
     requests: dict[Path, Request] = {}
     out = tmp_path / "out.onnx"
-    if command == "validate":  # noise suits networks that read floats
-        networks = {name: path for name, path in networks.items() if name not in ("lstm", "bert")}
+    if command == "validate":  # noise suits networks that read floats, and batches of any size
+        networks = {name: networks[name] for name in ("demo", "chain", "residual", "lenet", "mobilenet_v3")}
     for seed, (name, sound) in enumerate(networks.items()):
         other = networks["residual" if name == "chain" else "chain"]
         packed = tmp_path / f"{name}-packed.onnx"
