@@ -87,8 +87,6 @@ def load_card(path: Path, specs: Sequence[InputSpec], seed: int) -> Dataset:
     """
     card = read_card(path)
     target = path.parent / card.file
-    if not target.exists():
-        raise UsageError(f"{path}: names the file {target}, but there is no such file")
     preparation = Preparation(card.scale, card.mean, card.std, card.layout, card.resize)
     if target.is_dir():
         if card.inputs or card.labels or card.test_inputs or card.test_labels:
@@ -96,6 +94,8 @@ def load_card(path: Path, specs: Sequence[InputSpec], seed: int) -> Dataset:
         return replace(load_folder(target, specs, seed, preparation), source=str(path))
     if target.suffix in CARD_SUFFIXES:
         raise UsageError(f"{path}: file names another data card ({card.file}), not an .npz or a folder of images")
+    if not target.exists():
+        raise UsageError(f"{path}: names the file {target}, but there is no such file")
     names = Names(card.inputs, card.labels, card.test_inputs, card.test_labels)
     return replace(load_archive(Archive(target), specs, seed, names, preparation), source=str(path))
 
