@@ -94,6 +94,8 @@ def load_card(path: Path, specs: Sequence[InputSpec], seed: int) -> Dataset:
         return replace(load_folder(target, specs, seed, preparation), source=str(path))
     if target.suffix in CARD_SUFFIXES:
         raise UsageError(f"{path}: file names another data card ({card.file}), not an .npz or a folder of images")
+    if not target.exists():
+        raise UsageError(f"{path}: names the file {target}, but there is no such file")
     names = Names(card.inputs, card.labels, card.test_inputs, card.test_labels)
     return replace(load_archive(Archive(target), specs, seed, names, preparation), source=str(path))
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as oir
 
 from onnxmerge.errors import UsageError
+from onnxmerge.files import place_while_written
 from onnxmerge.ir.stored import check_external, store_once
 
 _INLINE_LIMIT = 1_800_000_000  # bytes; protobuf stops at 2 GiB
@@ -65,26 +66,38 @@ def staged(
     if not beside:
         oir.external_data.load_to_model(stored)
     data = target.with_name(f"{target.name}.data")
-    with _write_errors(target):
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-    with folder:
-        file = Path(folder.name) / target.name
+    folder = place_while_written(target)
+    try:
         with _write_errors(target):
+            folder.mkdir(exist_ok=True)
+            for left in folder.iterdir():  # by a run that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            file = folder / target.name
             oir.save(stored, file, external_data=data.name if beside else None, size_threshold_bytes=_SMALL)
         yield file
         with _write_errors(target):
             _move(file, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move(file: Path, target: Path) -> None:
-    """Put a written model, and its data file if it has one, into place; a data file that it replaces goes."""
+    """Put a written model, and its data file if it has one, into place; a data file that it replaces goes.
+
+    A process killed in between leaves no model beside the data of another.
+    """
     data, old = file.with_name(f"{file.name}.data"), target.with_name(f"{target.name}.data")
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder")
-    if data.exists():
-        os.replace(data, old)
-    elif target.exists():
-        old.unlink(missing_ok=True)
+    if not data.exists():
+        replaced = target.exists()
+        os.replace(file, target)
+        if replaced:
+            old.unlink(missing_ok=True)
+        return
+    if old.exists():
+        target.unlink(missing_ok=True)
+    os.replace(data, old)
     os.replace(file, target)
 
 

@@ -15,13 +15,13 @@ import onnx
 import onnx_ir as oir
 
 from onnxmerge.errors import GateFailed, ModelError, UsageError
+from onnxmerge.files import claim_file
 from onnxmerge.ir.identity import draws_numbers
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.load import load, read
 from onnxmerge.ir.save import save, staged, stored_bytes
 from onnxmerge.ir.stored import is_external
 from onnxmerge.ir.surgeon import edited
-from onnxmerge.methods.pack.pack import claim_file
 from onnxmerge.methods.passes import Found, find_pass, make_pass
 from onnxmerge.methods.same import TOLERANCE, Runs
 from onnxmerge.report.provenance import library_versions, sha256
@@ -113,7 +113,6 @@ def apply_model(
         ModelError: the model cannot be read, or is none any more after a step.
         GateFailed: outputs changed where they must not; nothing is written.
     """
-    target = claim_file(output, overwrite=overwrite)
     if not passes and not edits:
         raise UsageError("nothing to apply: give --pass or --edit")
     steps = [*_passes(passes, settings), *map(_edit, edits)]
@@ -124,7 +123,8 @@ def apply_model(
     notes = ["The model draws random numbers, so its outputs were not compared."] if draws else []
     done = []
     current = load(path) if passes else stored
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
+    claimed = claim_file(output, overwrite=overwrite)
+    with claimed as target, tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
         for number, step in enumerate(steps):
             file = Path(folder) / f"{number}.onnx"
             current = _rewritten(step, current, file, beside)

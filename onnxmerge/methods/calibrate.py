@@ -22,7 +22,7 @@ from onnxmerge.methods.candidates import Shelf
 from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.recipe import recipe_of
-from onnxmerge.methods.task import Network, Task, merged_inputs, simple_network, with_data
+from onnxmerge.methods.task import Network, Task, check_inputs, simple_network, with_data
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.report.write import write_report
@@ -77,16 +77,16 @@ def calibrate_model(
         raise_opset(own, max(opset, _OLDEST))
     networks = [simple_network(task, teachers[task], own) for task, own in models.items()]
     outputs = _outputs(merged, model, networks)
-    _check_inputs(merged, model, networks)
+    check_inputs(merged, model, networks)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = _at_most(with_data(networks, sources, seed=settings.seed), samples, settings.seed)
-    folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = recipe_of("calibrate", tasks, asdict(settings), merged=sha256(Path(merged)), samples=samples)
-    shelf = Shelf(folder, recipe, resume=resume)
-    if shelf.model_path(CALIBRATED).exists() and shelf.model_path(CALIBRATED).samefile(merged):
-        raise UsageError(f"{output}: holds the merged model itself; choose another output folder")
-    notes = _without_teacher(model, outputs)
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    claimed = claim_folder(output, overwrite=overwrite or resume)
+    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+        shelf = Shelf(folder, recipe, resume=resume)
+        if shelf.model_path(CALIBRATED).exists() and shelf.model_path(CALIBRATED).samefile(merged):
+            raise UsageError(f"{output}: holds the merged model itself; choose another output folder")
+        notes = _without_teacher(model, outputs)
         judge = Judge(tasks, Path(temporary), settings.threads, outputs=outputs)
         given = _candidate(GIVEN, Path(merged), model, judge)
         found = shelf.get(CALIBRATED)
@@ -98,18 +98,18 @@ def calibrate_model(
             found = _candidate(CALIBRATED, path, model, judge)
             found.steps, found.losses, found.seconds = losses[-1][0], losses, time.perf_counter() - begun
             shelf.put(found)
-    result = Result(
-        method="calibrate",
-        versions=library_versions(),
-        inputs=[task.record() for task in tasks],
-        candidates=[given, found],
-        chosen=found.name,
-        recipe=recipe,
-        hardware=hardware(),
-        notes=notes,
-    )
-    write_report(result, folder)
-    return result
+        result = Result(
+            method="calibrate",
+            versions=library_versions(),
+            inputs=[task.record() for task in tasks],
+            candidates=[given, found],
+            chosen=found.name,
+            recipe=recipe,
+            hardware=hardware(),
+            notes=notes,
+        )
+        write_report(result, folder)
+        return result
 
 
 def _train(
@@ -180,16 +180,6 @@ def _may_be_equal(ours: Sequence[int | None], theirs: Sequence[int | None]) -> b
 
 def _described(shape: Sequence[int | None]) -> str:
     return "x".join("N" if size is None else str(size) for size in shape)
-
-
-def _check_inputs(path: str | os.PathLike[str], merged: oir.Model, networks: Sequence[Network]) -> None:
-    names = [value.name or "" for value in merged.graph.inputs]
-    for network in networks:
-        if len(merged_inputs(network, names)) != len(network.inputs):
-            raise UsageError(
-                f"{path}: its inputs {', '.join(names)} do not stand for those of {network.path}: "
-                f"{', '.join(network.inputs)}"
-            )
 
 
 def _at_most(tasks: list[Task], samples: int | None, seed: int) -> list[Task]:

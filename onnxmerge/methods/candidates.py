@@ -85,10 +85,11 @@ class Shelf:
     def choose(self, name: str | None) -> None:
         """Make candidate `name` the folder's merged.onnx; None: leave it without one."""
         merged = self.model_path("merged")
-        for old in (merged, _data_of(merged)):
-            old.unlink(missing_ok=True)
         if name is not None:
             save(oir.load(self.model_path(name)), merged)
+            return
+        for old in (merged, _data_of(merged)):
+            old.unlink(missing_ok=True)
 
     def _hashes(self, name: str) -> list[str]:
         """Of a candidate's model, and of the file with its weights where there is one."""

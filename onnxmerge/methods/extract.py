@@ -9,11 +9,11 @@ import onnx_ir as oir
 from onnx_ir.passes import common
 
 from onnxmerge.errors import UsageError
+from onnxmerge.files import claim_file
 from onnxmerge.ir.load import read
 from onnxmerge.ir.reach import remove_unneeded
 from onnxmerge.ir.save import save
 from onnxmerge.ir.stored import is_external
-from onnxmerge.methods.pack.pack import claim_file
 from onnxmerge.passes.merge_identical_nodes import MergeIdenticalNodes
 from onnxmerge.passes.take_stream import TakeStream
 from onnxmerge.report.provenance import library_versions, sha256
@@ -46,22 +46,22 @@ def extract_task(
         UsageError: there is no such file or task, or the output exists.
         ModelError: the model cannot be read.
     """
-    target = claim_file(output, overwrite=overwrite)
-    model = read(merged)
-    beside = is_external(model)
-    graph = model.graph
-    if not any((value.name or "").startswith(f"{task}/") for value in graph.outputs):
-        tasks = dict.fromkeys(name.split("/")[0] for v in graph.outputs if "/" in (name := v.name or ""))
-        raise UsageError(f"{merged}: {_unknown(task, list(tasks))}")
-    cut_task(model, task)
-    for value in graph.outputs:
-        value.name = (value.name or "").removeprefix(f"{task}/")
-    MergeIdenticalNodes()(model)
-    _pass_inputs_through(graph)
-    common.NameFixPass()(model)
-    _restore_metadata(model, task, Path(merged))
-    save(model, target, beside=beside)
-    return model
+    with claim_file(output, overwrite=overwrite) as target:
+        model = read(merged)
+        beside = is_external(model)
+        graph = model.graph
+        if not any((value.name or "").startswith(f"{task}/") for value in graph.outputs):
+            tasks = dict.fromkeys(name.split("/")[0] for v in graph.outputs if "/" in (name := v.name or ""))
+            raise UsageError(f"{merged}: {_unknown(task, list(tasks))}")
+        cut_task(model, task)
+        for value in graph.outputs:
+            value.name = (value.name or "").removeprefix(f"{task}/")
+        MergeIdenticalNodes()(model)
+        _pass_inputs_through(graph)
+        common.NameFixPass()(model)
+        _restore_metadata(model, task, Path(merged))
+        save(model, target, beside=beside)
+        return model
 
 
 def cut_task(model: oir.Model, task: str) -> dict[str, str]:

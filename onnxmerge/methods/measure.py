@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as oir
 
+from onnxmerge.errors import ModelError
 from onnxmerge.methods.scoring import Tally, compare
 from onnxmerge.methods.task import Task, merged_inputs, task_outputs
 from onnxmerge.methods.tolerance import Gap, Tolerance
@@ -74,14 +75,17 @@ class Judge:
         if task.name not in self._expected:
             split = self._splits[task.name]
             folder = self._folder / f"originals-{task.name}"
-            self._expected[task.name] = store(
-                task.model,
-                task.feeds(split, task),
-                task.outputs,
-                folder,
-                threads=self.threads,
-                providers=self._providers,
-            )
+            try:
+                self._expected[task.name] = store(
+                    task.model,
+                    task.feeds(split, task),
+                    task.outputs,
+                    folder,
+                    threads=self.threads,
+                    providers=self._providers,
+                )
+            except ModelError as error:
+                raise ModelError(f"{task.path}: {str(error).removeprefix('the model: ')}") from error
         return self._expected[task.name]
 
 

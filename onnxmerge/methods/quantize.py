@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as oir
 
 from onnxmerge.errors import ModelError, UsageError
+from onnxmerge.files import claim_file
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.load import load, read
@@ -23,7 +24,6 @@ from onnxmerge.ir.stored import is_external
 from onnxmerge.ir.weights import add_initializer
 from onnxmerge.methods.bounds import Bounds, score_checks
 from onnxmerge.methods.measure import Judge, unreliable_note
-from onnxmerge.methods.pack.pack import claim_file
 from onnxmerge.methods.parts import Part, part_outputs, parts_of
 from onnxmerge.methods.same import Runs
 from onnxmerge.methods.scoring import Tally
@@ -83,7 +83,7 @@ def quantize_model(
         ModelError: the model cannot be read or quantized, or its outputs are no numbers any more.
     """
     begun = time.perf_counter()
-    target, path = claim_file(output, overwrite=overwrite), Path(model)
+    path = Path(model)
     if to == "int8" and not data:
         raise UsageError("int8 needs samples to find the ranges of values: give --data")
     stored, plain = read(path), load(path)
@@ -95,7 +95,8 @@ def quantize_model(
     kept = _nodes(plain, keep, path)
     parts = parts_of(path, plain, data or [_NO_DATA], seed=seed)
     metadata = {**stored.metadata_props, QUANTIZED: _told(path, to, parts, samples, seed, kept)}
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as name:
+    claimed = claim_file(output, overwrite=overwrite)
+    with claimed as target, tempfile.TemporaryDirectory(prefix="onnxmerge-") as name:
         folder = Path(name)
         made = _made(plain, parts, to, kept, folder, samples, seed, beside=is_external(stored))
         file = folder / target.name

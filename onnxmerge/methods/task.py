@@ -119,12 +119,32 @@ class Task(Network):
 def merged_inputs(task: Network, names: Sequence[str]) -> list[str]:
     """What a merged model calls the inputs of a task: `TASK/input` where tasks have inputs of their own.
 
+    Where none is called so, all its inputs stand for the task's in their order, or those of the same names do.
+
     Args:
         task: one of the originals.
         names: of all inputs of the merged model.
     """
     own = [f"{task.name}/{name}" for name in task.inputs]
-    return own if set(own) <= set(names) else list(names)
+    if not set(own) & set(names) and len(names) == len(own):
+        return list(names)
+    found = [called if called in names else name for called, name in zip(own, task.inputs, strict=True)]
+    return found if set(found) <= set(names) else list(names)
+
+
+def check_inputs(path: str | os.PathLike[str], merged: oir.Model, networks: Sequence[Network]) -> None:
+    """See that the merged model `path` has the inputs of all `networks`.
+
+    Raises:
+        UsageError: it has not.
+    """
+    names = [value.name or "" for value in merged.graph.inputs]
+    for network in networks:
+        if len(merged_inputs(network, names)) != len(network.inputs):
+            raise UsageError(
+                f"{path}: its inputs {', '.join(names)} do not stand for those of {network.path}: "
+                f"{', '.join(network.inputs)}"
+            )
 
 
 def all_inputs(tasks: Sequence[Network]) -> list[str]:

@@ -15,7 +15,7 @@ from onnxmerge.ir.load import load, read
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.methods.bounds import Bounds, score_checks, size_checks, speed_checks, timed, tolerance_check
 from onnxmerge.methods.measure import Bench, Judge, nodes_note, unreliable_note
-from onnxmerge.methods.task import Network, task_outputs, with_data
+from onnxmerge.methods.task import Network, check_inputs, task_outputs, with_data
 from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.schema import BoundCheck, Candidate, Result, TaskScore
 
@@ -56,6 +56,7 @@ def validate_model(
     scored = _as_stored(merged, model)
     networks = [_original(task, path) for task, path in against.items()]
     _check_outputs(merged, model, networks)
+    check_inputs(merged, model, networks)
     tolerances = bounds.tolerances([name for names in task_outputs(networks).values() for name in names])
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=seed)

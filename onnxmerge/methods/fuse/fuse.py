@@ -73,19 +73,19 @@ def fuse_models(
     tasks = _load(models, data, settings, progress)
     planned = make_fuse_plan(tasks, settings, progress)
     weights = _in_order(tasks, planned, settings)
-    folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = recipe_of("fuse", planned.tasks, asdict(settings))
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    claimed = claim_folder(output, overwrite=overwrite or resume)
+    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
         run = _Run(planned, weights, settings, Path(temporary), shelf, recipe, progress)
         interrupted = run.make_candidates()
         result = run.result()
-    shelf.choose(result.chosen)
-    write_text(folder / "plan.json", planned.plan.to_json())
-    write_report(result, folder)
-    if interrupted:
-        raise Interrupted(result)
-    return result
+        shelf.choose(result.chosen)
+        write_text(folder / "plan.json", planned.plan.to_json())
+        write_report(result, folder)
+        if interrupted:
+            raise Interrupted(result)
+        return result
 
 
 def plan_fuse(

@@ -76,19 +76,19 @@ def gate_models(
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
     labels = _use_labels(tasks, settings, plan)
-    folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = recipe_of("gate", tasks, asdict(settings))
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    claimed = claim_folder(output, overwrite=overwrite or resume)
+    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
         run = _Run(plan, planned, tasks, settings, labels, Path(temporary), shelf, recipe, progress)
         interrupted = run.make_candidates()
         result = run.result()
-    shelf.choose(result.chosen)
-    write_text(folder / "plan.json", run.plan().to_json())
-    write_report(result, folder)
-    if interrupted:
-        raise Interrupted(result)
-    return result
+        shelf.choose(result.chosen)
+        write_text(folder / "plan.json", run.plan().to_json())
+        write_report(result, folder)
+        if interrupted:
+            raise Interrupted(result)
+        return result
 
 
 def plan_gate(models: Sequence[str | os.PathLike[str]], *, settings: GateSettings | None = None) -> GatePlan:

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as oir
 
 from onnxmerge.errors import GateFailed, UsageError
+from onnxmerge.files import claim_file
 from onnxmerge.ir.identity import draws_numbers
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.light import read_light
@@ -66,35 +67,35 @@ def pack_models(
     begun = time.perf_counter()
     names = task_names(models)
     paths = dict(zip(names, map(Path, models), strict=True))
-    target = claim_file(output, overwrite=overwrite)
-    progress.stage("read", len(names))
-    graphs: dict[str, oir.Model] = {}
-    for task, path in paths.items():
-        graphs[task] = read_light(path)
-        progress.advance(task)
-    asked = parse_share_inputs(share_inputs, graphs)
-    records = [_record(task, path, graphs[task]) for task, path in paths.items()]
-    random = [task for task, model in graphs.items() if draws_numbers(model)]
-    metadata = {key: value for task, model in graphs.items() for key, value in _own_metadata(task, model).items()}
-    beside = any(is_external(model) for model in graphs.values())
-    progress.stage("pack")
-    packed = pack_graphs(graphs, asked, separate=separate_inputs)
-    recipe: dict[str, Any] = {
-        "method": "pack",
-        "models": {record.task: record.sha256 for record in records},
-        "inputs": packed.inputs,
-        "settings": {"share_inputs": list(share_inputs), "separate_inputs": separate_inputs},
-    }
-    metadata |= recipe_metadata(recipe)
-    notes = [*_sharing(packed), *packed.notes]
-    differences: dict[str, Difference] = {}
-    with staged(packed.model, target, metadata, beside=beside) as file:
-        if check:
-            progress.stage("check")
-            originals = {task: Original(paths[task], packed.inputs[task]) for task in names if task not in random}
-            differences, unchecked = compare(file, originals, seed=seed, threads=threads)
-            notes += [*_verdicts(differences, random, target), *unchecked]
-        size = stored_bytes(file)
+    with claim_file(output, overwrite=overwrite) as target:
+        progress.stage("read", len(names))
+        graphs: dict[str, oir.Model] = {}
+        for task, path in paths.items():
+            graphs[task] = read_light(path)
+            progress.advance(task)
+        asked = parse_share_inputs(share_inputs, graphs)
+        records = [_record(task, path, graphs[task]) for task, path in paths.items()]
+        random = [task for task, model in graphs.items() if draws_numbers(model)]
+        metadata = {key: value for task, model in graphs.items() for key, value in _own_metadata(task, model).items()}
+        beside = any(is_external(model) for model in graphs.values())
+        progress.stage("pack")
+        packed = pack_graphs(graphs, asked, separate=separate_inputs)
+        recipe: dict[str, Any] = {
+            "method": "pack",
+            "models": {record.task: record.sha256 for record in records},
+            "inputs": packed.inputs,
+            "settings": {"share_inputs": list(share_inputs), "separate_inputs": separate_inputs},
+        }
+        metadata |= recipe_metadata(recipe)
+        notes = [*_sharing(packed), *packed.notes]
+        differences: dict[str, Difference] = {}
+        with staged(packed.model, target, metadata, beside=beside) as file:
+            if check:
+                progress.stage("check")
+                originals = {task: Original(paths[task], packed.inputs[task]) for task in names if task not in random}
+                differences, unchecked = compare(file, originals, seed=seed, threads=threads)
+                notes += [*_verdicts(differences, random, target), *unchecked]
+            size = stored_bytes(file)
     candidate = Candidate(
         name=target.stem,
         share=0,
@@ -115,19 +116,6 @@ def pack_models(
         hardware=hardware(),
         notes=notes,
     )
-
-
-def claim_file(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """See that the output file `path` may be written.
-
-    Raises:
-        UsageError: it, or its data file, exists and `overwrite` was not asked for.
-    """
-    target = Path(path)
-    for file in (target, target.with_name(f"{target.name}.data")):
-        if file.exists() and not overwrite:
-            raise UsageError(f"{file}: exists already; pass --overwrite to replace it")
-    return target
 
 
 def parse_share_inputs(groups: Sequence[str], models: Mapping[str, oir.Model]) -> list[list[Endpoint]]:

@@ -67,7 +67,6 @@ def zip_models(
     tasks = with_data(networks, sources, seed=settings.seed)
     sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
     plan = make_plan(tasks, sharable, settings.share, settings.widths, settings.sharing, settings.mode)
-    folder = claim_folder(output, overwrite=overwrite or resume)
     recipe = recipe_of(
         "zip",
         tasks,
@@ -76,20 +75,21 @@ def zip_models(
         candidates=[candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates],
         trees=settings.share == TREE,
     )
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    claimed = claim_folder(output, overwrite=overwrite or resume)
+    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf, own = Shelf(folder, recipe, resume=resume), Path(temporary)
         fitting = Fitting(settings.samples, settings.seed, settings.threads, own, progress, settings.weights)
         run = Run(Job(tasks, sharable, plan, settings, fitting, shelf, progress), recipe, own)
         interrupted = run.make_candidates()
-    result = run.result()
-    shelf.choose(result.chosen)
-    if result.chosen is not None:
-        result.pictures = held_out_pictures(tasks, folder / "merged.onnx", threads=settings.threads)
-    write_text(folder / "plan.json", as_made(plan, result, tasks, sharable).to_json())
-    write_report(result, folder)
-    if interrupted:
-        raise Interrupted(result)
-    return result
+        result = run.result()
+        shelf.choose(result.chosen)
+        if result.chosen is not None:
+            result.pictures = held_out_pictures(tasks, folder / "merged.onnx", threads=settings.threads)
+        write_text(folder / "plan.json", as_made(plan, result, tasks, sharable).to_json())
+        write_report(result, folder)
+        if interrupted:
+            raise Interrupted(result)
+        return result
 
 
 def plan_zip(
