@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from onnxmerge.errors import UsageError
+
 
 def one_of_many(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command that trains: processes but the first write to a folder of their own, which is thrown away.
 
     With `--resume` that is a copy, so that all find the same candidates finished. A GPU that is asked for and absent is
-    told before anything is read.
+    told before anything is read; so is float16 on CPUs, for torch at times aborts there when the processes end.
     """
 
     @functools.wraps(command)
@@ -27,8 +29,11 @@ def one_of_many(command: Callable[..., Any]) -> Callable[..., Any]:
                 chosen_device(device)
             command(*args, **kwargs)
             return
+        from onnxmerge.calibration.devices import chosen_device
         from onnxmerge.calibration.ranks import joined, wait_for_all
 
+        if kwargs.get("precision") == "float16" and chosen_device(device).type == "cpu":
+            raise UsageError("--precision float16: several processes need GPUs for it; on CPUs take bfloat16")
         with joined(device) as rank, contextlib.ExitStack() as stack:
             output: Path | None = kwargs.get("output")
             if rank and output is not None:
