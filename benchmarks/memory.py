@@ -76,7 +76,7 @@ def stage(name: str, data: Path, packed: Path, out: Path) -> None:
         onnxmerge.validate_model(packed, {model.stem: model for model in MODELS}, data, threads=1)
         return
     settings = onnxmerge.ZipSettings(
-        samples=sys.maxsize, steps=0, share="1", starts=(Start.LEAST_SQUARES,), threads=1, measure=False, max_drop=None
+        samples=sys.maxsize, steps=0, share="1", start=(Start.LEAST_SQUARES,), threads=1, measure=False, max_drop=None
     )
     onnxmerge.zip_models(MODELS, data, out, settings=settings, overwrite=True)
 

@@ -25,7 +25,7 @@ RATE = 2e-2  # twice the default: these shallow networks bear it
 def run(start: Start, steps: int, seed: int) -> Candidate:
     data = {"cnn_mnist": digits("mnist"), "cnn_fashion_mnist": digits("fashion_mnist")}
     settings = onnxmerge.ZipSettings(
-        share="3", steps=steps, rate=RATE, samples=SAMPLES, seed=seed, starts=(start,), max_drop=None, measure=False
+        share="3", steps=steps, rate=RATE, samples=SAMPLES, seed=seed, start=(start,), max_drop=None, measure=False
     )
     with tempfile.TemporaryDirectory() as folder:
         return onnxmerge.zip_models(MODELS, data, folder, settings=settings).candidates[0]

@@ -27,7 +27,7 @@ MODELS = [SHARED / "models" / f"{name}.onnx" for name in (TEN, HUNDRED)]
 def zipped(share: str, steps: int, seed: int, start: Start, folder: str, *, measure: bool) -> Result:
     images, labelled = cifar(labels=False), cifar(labels=True)
     settings = onnxmerge.ZipSettings(
-        share=share, steps=steps, seed=seed, measure=measure, starts=(start,), max_drop=None
+        share=share, steps=steps, seed=seed, measure=measure, start=(start,), max_drop=None
     )
     # the CIFAR-10 network reads the same images with labels, so that its accuracy is known; no step trains with them
     return onnxmerge.zip_models(

@@ -42,7 +42,7 @@ def candidates(mode: Mode, units: Sequence[int], steps: int, finished: bool) -> 
         file = folder.with_suffix(".plan.json")
         file.write_text(plan.to_json())
         settings = ZipSettings(
-            share=str(file), mode=mode, steps=steps, starts=(Start.SUBSPACE,), threads=1, measure=False, max_drop=None
+            share=str(file), mode=mode, steps=steps, start=(Start.SUBSPACE,), threads=1, measure=False, max_drop=None
         )
         data = {TEN: cifar(labels=True), HUNDRED: cifar(labels=False)}
         zip_models(MODELS, data, folder, settings=settings, resume=True)

@@ -98,7 +98,7 @@ class Series:
     @cached_property
     def plan(self) -> Plan:
         """What can be shared, and which of it is."""
-        plan = plan_zip(self.paths(0), widths=self.widths, sharing=self.sharing, mode=self.mode)
+        plan = plan_zip(self.paths(0), width=self.widths, sharing=self.sharing, mode=self.mode)
         plan.candidates = [planned for planned in plan.candidates if planned.units in self.shared]
         return plan
 
@@ -127,7 +127,7 @@ class Series:
             mode=self.mode,
             max_drop=None,
             steps=self.steps,
-            starts=WAYS[way].starts,
+            start=WAYS[way].starts,
             labels=WAYS[way].labels,
             seed=seed,
             threads=1,

@@ -13,6 +13,7 @@ from test_cli import onnxmerge, tiny
 
 import onnxmerge as package
 import onnxmerge.calibration.engine as engine
+from onnxmerge.report.recipe import history
 
 TASKS = ("a", "b")
 
@@ -74,7 +75,7 @@ def test_a_merged_model_comes_nearer_to_its_originals(work: Path, tmp_path: Path
     before, after = onnx.load(work / "both.onnx"), onnx.load(out / "merged.onnx")
     assert [node.op_type for node in after.graph.node] == [node.op_type for node in before.graph.node]
     kept = {p.key: p.value for p in after.metadata_props}
-    assert kept["onnxmerge.share"] == "2" and json.loads(kept["onnxmerge.calibration"])["settings"]["steps"] == 40
+    assert kept["onnxmerge.share"] == "2" and history(kept)[-1].options["steps"] == 40
 
 
 def test_the_same_from_python_and_twice_the_same_bytes(work: Path, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from graphs import Net, execute
 import onnxmerge.ir.save
 from onnxmerge.ir.load import load
 from onnxmerge.methods.candidates import Shelf
+from onnxmerge.methods.recipe import Recipe
+from onnxmerge.report.recipe import Made, history
 from onnxmerge.report.schema import Candidate
 from onnxmerge.runtime.session import open_session, run
 
-RECIPE = {"method": "zip", "seed": 0}
+RECIPE = Recipe(Made("zip", {"seed": 1}, {"a.onnx": "0" * 64}, {"onnxmerge": "1.0"}), ["a", "b"], "fingerprint")
 
 
 @pytest.fixture(params=["in one file", "weights beside"])
@@ -51,7 +53,7 @@ def test_what_is_chosen_stands_on_its_own(shelf, model, tmp_path):
     wanted = execute(model, feed)
     assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
     carried = {entry.key: entry.value for entry in merged.metadata_props}
-    assert json.loads(carried["onnxmerge.recipe"]) == RECIPE and carried["onnxmerge.method"] == "zip"
+    assert history(carried) == [RECIPE.step] and set(json.loads(carried["onnxmerge.tasks"])) == {"a", "b"}
     shelf.choose(None)
     assert not list(tmp_path.glob("merged*"))
 

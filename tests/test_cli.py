@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from onnxmerge.cli.app import app
+from onnxmerge.report.recipe import as_recipe, history
 
 SHARED = Path(__file__).parents[1] / "../shared/models"
 DEMO = Path(__file__).parents[1] / "onnxmerge/demo"
@@ -81,7 +82,8 @@ def test_zip_writes_the_contract(tmp_path: Path, pair: tuple[Path, Path], sample
     assert not [name for name in names if name.startswith(".")]
     merged = onnx.load(out / "merged.onnx")
     assert [o.name for o in merged.graph.output] == ["a/logits", "b/logits"]
-    assert json.loads({p.key: p.value for p in merged.metadata_props}["onnxmerge.recipe"]) == report["recipe"]
+    steps = history({p.key: p.value for p in merged.metadata_props})
+    assert as_recipe(steps, out / "merged.onnx") == report["recipe"]
     assert report["candidates"][0]["tasks"]["a"]["agreement"] == 1.0
     assert report["candidates"][0]["tasks"]["a"]["accuracy"] is None
     assert report["chosen"] in {c["name"] for c in report["candidates"]}

@@ -293,7 +293,7 @@ def zipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     models, data = ([DEMO / f"{task}.{kind}" for task in DEMO_TASKS] for kind in ("onnx", "yaml"))
     how = package.ZipSettings(
-        share="5", steps=0, samples=500, starts=(Start.KEEP,), max_drop=None, measure=False, threads=1
+        share="5", steps=0, samples=500, start=(Start.KEEP,), max_drop=None, measure=False, threads=1
     )
     package.zip_models(models, dict(zip(DEMO_TASKS, data, strict=True)), folder / "zipped", settings=how)
     return folder / "zipped/merged.onnx"

@@ -196,6 +196,9 @@ def follow(page: Path, command: Command, folder: Path) -> None:
         assert step.keys() == own.keys(), told
         for values, others in zip(step.values(), own.values(), strict=True):
             assert values == others | {"output": values["output"]}, told  # another page may have said it with another
+    if name == "inspect" and "\nsteps:" in command.shown:
+        shown, found = (yaml.safe_load(text[text.index("\nsteps:") :]) for text in (command.shown, ran.stdout))
+        assert shown == found, told
 
 
 DONE: dict[tuple[str, ...], tuple[Result, Path]] = {}

@@ -212,7 +212,7 @@ def _planned(folder: Path, **changes: object) -> Path:
 def test_a_zip_is_as_large_as_planned_with_and_without_adapters(tmp_path: Path, start: Start, adapters: bool) -> None:
     path = _planned(tmp_path, adapters=adapters)
     settings = onnxmerge.ZipSettings(
-        share=str(path), starts=(start,), steps=0, samples=200, measure=False, max_drop=None
+        share=str(path), start=(start,), steps=0, samples=200, measure=False, max_drop=None
     )
     result = onnxmerge.zip_models(MODELS, DATA, tmp_path / "out", settings=settings)
     written = Plan.model_validate_json((tmp_path / "out/plan.json").read_text()).candidates[0]
@@ -227,7 +227,7 @@ def test_a_zip_is_as_large_as_planned_with_and_without_adapters(tmp_path: Path, 
 
 def test_private_channels_and_other_widths_are_read_directly_too(tmp_path: Path) -> None:
     settings = onnxmerge.ZipSettings(
-        share="4", widths=(1.25,), sharing=(0.5,), steps=0, samples=200, measure=False, max_drop=None
+        share="4", width=(1.25,), sharing=(0.5,), steps=0, samples=200, measure=False, max_drop=None
     )
     (candidate,) = onnxmerge.zip_models(MODELS, DATA, tmp_path / "out", settings=settings).candidates
     written = Plan.model_validate_json((tmp_path / "out/plan.json").read_text()).candidates[0]

@@ -223,7 +223,7 @@ def test_the_command_takes_the_optimiser_its_rate_and_the_batch(folder):
     given = ["--optimiser", "sgd", "--rate", 0.003, "--batch", 16, "--gate-steps", 2, "--steps", 2, "--threads", 1]
     done = command(path / "a.onnx", path / "b.onnx", "--data", path / "data.npz", "-o", path / "out", *given)
     assert done.exit_code == 0, done.output
-    recipe = json.loads((path / "out" / "report.json").read_text())["recipe"]["settings"]
+    recipe = json.loads((path / "out" / "report.json").read_text())["recipe"]["steps"][0]["gate"]
     assert (recipe["optimiser"], recipe["rate"], recipe["batch"]) == ("sgd", 0.003, 16)
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import onnxmerge
 from onnxmerge.cli.app import app
 from onnxmerge.errors import GateFailed, ModelError, UsageError
+from onnxmerge.report.recipe import as_recipe, history
 from onnxmerge.report.schema import Result
 from onnxmerge.runtime.session import open_session, run
 
@@ -67,7 +68,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 def called(path: Path, task: str) -> dict[str, str]:
     """For each input of the task what the packed model calls it."""
-    return json.loads(metadata(path)["onnxmerge.recipe"])["inputs"][task]
+    return json.loads(metadata(path)["onnxmerge.tasks"])[task]
 
 
 def assert_same_bits(packed: Path, originals: list[Path], seed: int = 0) -> None:
@@ -680,9 +681,9 @@ def test_the_command_line(tmp_path: Path) -> None:
     result = Result.model_validate_json(stdout)
     assert json.loads(stdout) == json.loads(report.read_text())
     assert (result.method, result.chosen) == ("pack", "packed")
-    assert json.loads(metadata(out)["onnxmerge.recipe"]) == result.recipe
-    assert metadata(out)["onnxmerge.method"] == "pack" and metadata(out)["onnxmerge.version"]
-    assert result.recipe["models"] == {record.task: record.sha256 for record in result.inputs}
+    (step,) = history(metadata(out))
+    assert as_recipe([step], out) == result.recipe and step.versions["onnxmerge"]
+    assert step.files == {record.path: record.sha256 for record in result.inputs}
     code, stdout, stderr = command("pack", *paths, "-o", out)
     assert (code, stdout) == (2, "") and "--overwrite" in stderr
     code, stdout, _ = command("pack", *paths, "-o", out, "--overwrite")

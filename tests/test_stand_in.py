@@ -258,7 +258,7 @@ def test_fuse_takes_the_word_and_gives_the_same_bytes_again(networks, tmp_path):
     made = []
     for folder in ("one", "two"):
         result = onnxmerge.fuse_models(networks, "noise", tmp_path / folder, settings=settings)
-        assert result.recipe["data"]["a"] == "noise (a stand-in for data)"
+        assert result.recipe["steps"][0]["fuse"]["data"] == "noise"
         assert result.candidates[0].tasks["a"].accuracy is None
         made.append((tmp_path / folder / "merged.onnx").read_bytes())
     assert made[0] == made[1]
@@ -267,7 +267,7 @@ def test_fuse_takes_the_word_and_gives_the_same_bytes_again(networks, tmp_path):
 def test_the_command_line_takes_the_word(networks):
     result = CliRunner().invoke(app, ["align", *networks, "--data", "noise:0..1", "--json", "-q"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["recipe"]["data"] == "noise:0..1 (a stand-in for data)"
+    assert json.loads(result.stdout)["recipe"]["steps"][0]["align"]["data"] == "noise:0..1"
     result = CliRunner().invoke(app, ["align", *networks, "--data", "noise:28x28", "-q"])
     assert result.exit_code == 2
     assert result.stderr.startswith("onnxmerge: error: noise:28x28: the model's input 'x' (N, 6) does not hold images")

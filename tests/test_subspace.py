@@ -215,7 +215,7 @@ def test_a_permuted_copy_is_shared_for_free(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     Permute({name: random.permutation(space.size) for name, space in spaces.items()}, spaces)(model)
     save(model, tmp_path / "twin.onnx")
-    settings = onnxmerge.ZipSettings(share="1.0", steps=0, samples=400, measure=False, starts=(Start.SUBSPACE,))
+    settings = onnxmerge.ZipSettings(share="1.0", steps=0, samples=400, measure=False, start=(Start.SUBSPACE,))
     result = onnxmerge.zip_models(
         [MODELS[0], tmp_path / "twin.onnx"], DATA["digits"], tmp_path / "out", settings=settings
     )
@@ -225,7 +225,7 @@ def test_a_permuted_copy_is_shared_for_free(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sharing", [0.5, 0.75])
 def test_a_candidate_is_as_large_as_its_plan_says(tmp_path: Path, sharing: float) -> None:
-    result = zipped(tmp_path / "out", share="3", sharing=(sharing,), widths=(1.0, 1.25))
+    result = zipped(tmp_path / "out", share="3", sharing=(sharing,), width=(1.0, 1.25))
     plan = json.loads((tmp_path / "out/plan.json").read_text())
     for candidate, planned in zip(result.candidates, plan["candidates"], strict=True):
         assert candidate.path is not None

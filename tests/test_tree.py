@@ -147,8 +147,8 @@ def test_two_copies_share_all_behind_a_stem_that_a_third_task_shares(tmp_path, t
 def test_a_group_that_shares_nothing_with_the_others_is_a_zip_of_its_own(tmp_path, trio, samples, start):
     """The stem is nothing, so the group is zipped as alone, and the third task stays as it is."""
     share = edited(tmp_path, trio, {"units": 0, "branches": [branch("ba", 2)], "adapters": False})
-    tree = zipped(tmp_path, trio, samples, share, starts=(start,))
-    alone = zipped(tmp_path / "alone", trio[:2], samples, 2, starts=(start,))
+    tree = zipped(tmp_path, trio, samples, share, start=(start,))
+    alone = zipped(tmp_path / "alone", trio[:2], samples, 2, start=(start,))
     found = errors(tree, trio)
     assert found["c"] < 1e-5
     pairs, wanted = merged_outputs(tree.candidates[0].path), merged_outputs(alone.candidates[0].path)
@@ -207,7 +207,7 @@ def test_each_task_may_have_its_own_data(tmp_path, trio):
         np.savez(data[task], x=images.astype(np.float32))
     share = edited(tmp_path, trio, *({"units": 1, "branches": [branch(group, UNITS)]} for group in ("ab", "bc")))
     for start in (Start.SUBSPACE, Start.LEAST_SQUARES):
-        for candidate in zipped(tmp_path, trio, data, share, starts=(start,), weights=(1.0, 2.0, 3.0)).candidates:
+        for candidate in zipped(tmp_path, trio, data, share, start=(start,), weights=(1.0, 2.0, 3.0)).candidates:
             assert all((score.relative_error or 1) < 0.12 for score in candidate.tasks.values())
 
 
@@ -216,7 +216,7 @@ def test_calibration_trains_a_tree(tmp_path, trio, samples):
     share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ac", 2)]})
     weights, losses = [], []
     for steps in (0, 60):
-        candidate = zipped(tmp_path, trio, samples, share, starts=(Start.AVERAGE,), steps=steps).candidates[0]
+        candidate = zipped(tmp_path, trio, samples, share, start=(Start.AVERAGE,), steps=steps).candidates[0]
         layers = find_layers(load(candidate.path or ""))
         weights.append({layer.node.name: get_array(layer.weight) for layer in layers})
         losses = candidate.losses
@@ -228,7 +228,7 @@ def test_calibration_trains_a_tree(tmp_path, trio, samples):
 
 def test_calibration_is_told_of_what_a_task_computes_behind_its_last_stem(tmp_path, trio, samples):
     share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ab", 2)]})
-    path = zipped(tmp_path, trio, samples, share, starts=(Start.SUBSPACE,)).candidates[0].path
+    path = zipped(tmp_path, trio, samples, share, start=(Start.SUBSPACE,)).candidates[0].path
     networks = load_networks(trio)
     taps = feature_taps(load(path or ""), networks)  # type: ignore[arg-type]
     cuts = {network.name: [unit.cut for unit in find_units(network.model)] for network in networks}
@@ -243,7 +243,7 @@ def test_calibration_is_told_of_what_a_task_computes_behind_its_last_stem(tmp_pa
 
 def test_each_task_can_be_extracted(tmp_path, trio, samples):
     share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ab", UNITS)]})
-    result = zipped(tmp_path, trio, samples, share, starts=(Start.SUBSPACE,))
+    result = zipped(tmp_path, trio, samples, share, start=(Start.SUBSPACE,))
     path = result.candidates[0].path
     assert path is not None
     whole, sizes = merged_outputs(path), {}
@@ -271,7 +271,7 @@ def test_it_is_as_large_as_predicted(tmp_path, trio, samples, adapters):
     plan["candidates"] = [candidate | {"adapters": adapters} for candidate in plan["candidates"]]
     plan["candidates"][2]["channels"] = {next(iter(plan["spaces"])): 12}
     share.write_text(json.dumps(plan))
-    result = zipped(tmp_path, trio, samples, share, starts=(Start.SUBSPACE,))
+    result = zipped(tmp_path, trio, samples, share, start=(Start.SUBSPACE,))
     written = json.loads((tmp_path / "out/plan.json").read_text())
     assert written["schema"] == 2
     for planned, candidate in zip(written["candidates"], result.candidates, strict=True):
@@ -297,7 +297,7 @@ def test_other_commands_take_it(tmp_path, trio, samples):
 
 def test_the_law_holds_for_a_tree(tmp_path, trio, samples):
     share = edited(tmp_path, trio, {"units": 1, "branches": [branch("ab", UNITS)]})
-    path = zipped(tmp_path, trio, samples, share, starts=(Start.SUBSPACE,)).candidates[0].path
+    path = zipped(tmp_path, trio, samples, share, start=(Start.SUBSPACE,)).candidates[0].path
     assert path is not None
     model = load(path)
     spaces = find_spaces(model)
@@ -421,7 +421,7 @@ def test_tasks_of_one_backbone_are_grouped(tmp_path):
     np.savez(tmp_path / "odd.npz", **arrays)
     (tmp_path / "odd.yaml").write_text((DEMO / "digits.yaml").read_text().replace("digits.npz", "odd.npz"))
     data = {"digits": DEMO / "digits.yaml", "fashion": DEMO / "fashion.yaml", "odd": tmp_path / "odd.yaml"}
-    result = zipped(tmp_path, models, data, "tree", starts=(Start.LEAST_SQUARES,), samples=400, max_drop=0.03)
+    result = zipped(tmp_path, models, data, "tree", start=(Start.LEAST_SQUARES,), samples=400, max_drop=0.03)
     chosen = result.candidate(result.chosen or "")
     plain = [own for own in result.candidates if not own.branches and own.within(0.03) == set(own.tasks)]
     assert chosen.branches == {"digits+odd": 5}
@@ -444,7 +444,7 @@ def test_why_there_is_no_tree(tmp_path, trio, samples, number, max_drop, sentenc
 
 def test_trees_are_for_whole_stems(tmp_path, trio, samples):
     with pytest.raises(UsageError, match="--share tree: trees are for"):
-        zipped(tmp_path, trio, samples, "tree", widths=(0.5,))
+        zipped(tmp_path, trio, samples, "tree", width=(0.5,))
 
 
 class Imagined:

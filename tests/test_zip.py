@@ -53,7 +53,7 @@ def test_networks_that_are_permuted_copies_are_shared_for_free(tmp_path: Path) -
         [MODELS[0], tmp_path / "twin.onnx"],
         DATA["digits"],
         tmp_path / "out",
-        settings=settings(share="1.0", starts=(Start.AVERAGE,)),
+        settings=settings(share="1.0", start=(Start.AVERAGE,)),
     )
     (candidate,) = result.candidates
     assert candidate.share == 5
@@ -67,7 +67,7 @@ def test_least_squares_beats_the_aligned_average(tmp_path: Path) -> None:
     agreement = {}
     for start in (Start.AVERAGE, Start.LEAST_SQUARES):
         result = onnxmerge.zip_models(
-            MODELS, DATA, tmp_path / start.value, settings=settings(share="3", starts=(start,))
+            MODELS, DATA, tmp_path / start.value, settings=settings(share="3", start=(start,))
         )
         scores = result.candidates[0].tasks.values()
         agreement[start] = min(score.agreement or 0.0 for score in scores)
@@ -76,7 +76,7 @@ def test_least_squares_beats_the_aligned_average(tmp_path: Path) -> None:
 
 
 def test_keeping_the_first_stem_keeps_the_first_task(tmp_path: Path) -> None:
-    result = onnxmerge.zip_models(MODELS, DATA, tmp_path / "out", settings=settings(share="3", starts=(Start.KEEP,)))
+    result = onnxmerge.zip_models(MODELS, DATA, tmp_path / "out", settings=settings(share="3", start=(Start.KEEP,)))
     first, second = (result.candidates[0].tasks[task] for task in ("digits", "fashion"))
     assert first.agreement == 1.0 and (first.relative_error or 0) < 1e-5
     assert (second.agreement or 0) > 0.7

@@ -34,7 +34,7 @@ def demo(
             {task: folder / f"{task}.yaml" for task in tasks},
             output,
             # one start: a minute is enough
-            settings=ZipSettings(steps=steps, seed=seed, starts=(Start.SUBSPACE,), device="cpu"),
+            settings=ZipSettings(steps=steps, seed=seed, start=(Start.SUBSPACE,), device="cpu"),
             overwrite=overwrite,
             progress=bars,
         )

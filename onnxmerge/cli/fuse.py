@@ -120,7 +120,7 @@ def fuse(
         match=match,
         entropy=entropy,
         cost=cost,
-        maps=None if layer_map is None else str(layer_map),
+        map=None if layer_map is None else str(layer_map),
         targets=targets,
         start=start,
         weights=options.weight_list(weights),

@@ -67,3 +67,19 @@ def _print(found: dict[str, Any]) -> None:
         console.print(
             f"Permutation check {verdict}: largest relative error {found['check']['max_relative_error']:.1e}."
         )
+    if found["made_by"]:
+        console.print("Made by this recipe (onnxmerge run replays it):")
+        print(_recipe(found), end="")
+
+
+def _recipe(found: dict[str, Any]) -> str:
+    """The recipe that made the model as YAML; what was read and the versions are comments."""
+    from onnxmerge.report.figures import one_line
+    from onnxmerge.report.recipe import as_yaml
+
+    told = []
+    for step in found["made_by"]:
+        versions = ", ".join(f"{name} {version}" for name, version in step["versions"].items())
+        told.append(one_line(f"# {step['command']} read, with {versions}:"))
+        told += [f"#   {one_line(path)} (SHA-256 {one_line(digest)})" for path, digest in step["files"].items()]
+    return "\n".join([*told, as_yaml(found["recipe"])])

@@ -131,15 +131,14 @@ class Told(TyperCommand):
 
 def _recipe_of(command: TyperCommand, context: Any) -> str:
     """The call in `context` as a recipe of one step: what was given, and none of the defaults."""
-    import yaml
+    from onnxmerge.report.recipe import as_yaml
 
     values = {
         _name(parameter): _plain(context.params[parameter.name])
         for parameter in command.params
         if parameter.name not in _HOW and context.get_parameter_source(parameter.name).name in _SHOWN
     }
-    steps = {"steps": [{context.info_name: values}]}
-    return yaml.safe_dump(steps, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+    return as_yaml({"steps": [{context.info_name: values}]})
 
 
 def _name(parameter: Any) -> str:

@@ -127,7 +127,7 @@ def zip(
     budget = max_bytes is not None or min_speedup is not None
     settings = ZipSettings(
         share=share,
-        widths=tuple(width),
+        width=tuple(width),
         sharing=tuple(sharing),
         max_drop=max_drop if explicit or budget or max_drop is not None else ZipSettings.max_drop,
         max_bytes=max_bytes,
@@ -137,7 +137,7 @@ def zip(
         pairing=pairing,
         max_difference=max_difference,
         retrain=retrain,
-        starts=tuple(start) or ZipSettings.starts,
+        start=tuple(start) or ZipSettings.start,
         weights=options.weight_list(weights),
         steps=steps,
         samples=samples,

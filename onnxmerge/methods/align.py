@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from onnxmerge.passes.align_layers import (
     width_cost,
 )
 from onnxmerge.report.provenance import hardware, library_versions
+from onnxmerge.report.recipe import recipe_of_call
 from onnxmerge.report.schema import LayerMap, Result, StepPair, StepRecord
 from onnxmerge.runtime.layer_grams import channel_means, layer_grams
 
@@ -56,7 +57,7 @@ class LayerAlignment:
         similarity: [steps of the first, steps of the second] linear CKA of the cuts.
         costs: [steps of the first, steps of the second] what the map minimises.
         pairs: the map, in the order of the networks.
-        settings: what the map was made with: `cost`, `ends`, `samples`, `seed`.
+        given: what the map was made with, by the names of options.
         notes: what a reader must know.
     """
 
@@ -67,7 +68,7 @@ class LayerAlignment:
     similarity: np.ndarray
     costs: np.ndarray
     pairs: list[Pair]
-    settings: dict[str, str | int | bool]
+    given: dict[str, str | int | bool | None]
     notes: list[str] = field(default_factory=list)
 
     def result(self) -> Result:
@@ -78,12 +79,12 @@ class LayerAlignment:
             inputs=[self.first.record(), self.second.record()],
             candidates=[],
             chosen=None,
-            recipe={"method": "align", "data": self.first.data.source, "settings": self.settings},
+            recipe=recipe_of_call("align", self.given),
             hardware=hardware(),
             notes=self.notes,
             layer_map=LayerMap(
-                cost=str(self.settings["cost"]),
-                ends=bool(self.settings["ends"]),
+                cost=str(self.given["cost"]),
+                ends=not self.given["free_ends"],
                 first=_records(self.steps[0], self.groups[0]),
                 second=_records(self.steps[1], self.groups[1]),
                 similarity=self.similarity.tolist(),
@@ -136,9 +137,10 @@ def align_models(
     """
     ours, theirs = load_networks([first, second])
     (task,) = with_data([ours], {ours.name: data}, seed=seed)
-    return align_layers(
+    found = align_layers(
         task, theirs, samples=samples, seed=seed, cost=cost, ends=ends, threads=threads, progress=progress
     )
+    return replace(found, given=found.given | {"data": str(data)})
 
 
 def align_layers(
@@ -196,8 +198,10 @@ def align_layers(
         Pair(steps[0][i], steps[1][j], (i, j), float(similarity[i, j]), float(costs[i, j]), match)
         for (i, j), match in zip(places, matches, strict=True)
     ]
-    settings: dict[str, str | int | bool] = {"cost": cost, "ends": ends, "samples": len(split), "seed": seed}
-    return LayerAlignment(first, second, steps, groups, similarity, costs, pairs, settings, notes)
+    given: dict[str, str | int | bool | None] = {"first": str(first.path), "second": str(second.path)}
+    given |= {"data": first.data.source, "cost": cost, "free_ends": None if ends else True}
+    given |= {"samples": samples, "seed": seed}
+    return LayerAlignment(first, second, steps, groups, similarity, costs, pairs, given, notes)
 
 
 def _steps(network: Network) -> list[Step]:

@@ -2,14 +2,12 @@
 
 import contextlib
 import functools
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as oir
@@ -24,11 +22,8 @@ from onnxmerge.ir.stored import is_external
 from onnxmerge.ir.surgeon import edited
 from onnxmerge.methods.passes import Found, find_pass, make_pass
 from onnxmerge.methods.same import TOLERANCE, Runs
-from onnxmerge.report.provenance import library_versions, sha256
+from onnxmerge.report.recipe import step_of, with_steps
 from onnxmerge.user_code import guarded, imported
-
-APPLIED = "onnxmerge.applied"
-"""The key of the metadata that tell what was applied to a model, in order."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,8 @@ class _Step:
     exact: bool
     """Whether it claims that outputs stay equal."""
     rewrite: Callable[[oir.Model], oir.Model | onnx.ModelProto]
-    told: Mapping[str, Any]
+    source: str
+    """The distribution with its version that it comes from, where it is one."""
 
 
 def apply_model(
@@ -140,7 +136,11 @@ def apply_model(
             done.append(Applied(step.name, step.kind, wanted, differences))
             runs = after
         size, counts = stored_bytes(file), (parameter_count(load(path)), parameter_count(load(file)))
-        with staged(current, target, _metadata(stored, path, steps), beside=beside):
+        options = {"model": model, "pass": passes, "set": settings, "edit": edits, "exact": exact or None}
+        told = step_of("apply", [path], {**options, "change_interface": change_interface or None})
+        versions = {**told.versions, **{own.name: own.source for own in steps if own.source}}
+        metadata = with_steps(stored.metadata_props, replace(told, versions=versions))
+        with staged(current, target, metadata, beside=beside):
             pass
     return Rewritten(target, done, counts, (stored_bytes(path), size), notes)
 
@@ -162,8 +162,7 @@ def _passes(names: Sequence[str], settings: Sequence[str]) -> Iterator[_Step]:
     for name, given in zip(names, own, strict=True):
         found = find_pass(name)
         made = make_pass(found, given)
-        told = {"pass": name, "settings": given, **({"from": found.source} if found.source else {})}
-        yield _Step(name, "pass", found.is_exact, functools.partial(_run_pass, found, made), told)
+        yield _Step(name, "pass", found.is_exact, functools.partial(_run_pass, found, made), found.source)
 
 
 def _run_pass(found: Found, made: oir.passes.PassBase, model: oir.Model) -> oir.Model:
@@ -185,7 +184,7 @@ def _edit(source: str) -> _Step:
         with _calling(source):
             return edited(model, function)
 
-    return _Step(source, "edit", False, rewrite, {"edit": source})
+    return _Step(source, "edit", False, rewrite, "")
 
 
 @contextlib.contextmanager
@@ -234,15 +233,3 @@ def _check_same(step: _Step, differences: Mapping[str, float]) -> None:
             raise GateFailed(
                 f"{said}, but {name!r} differs by {found:.1e} (relative), more than {TOLERANCE:g}; nothing was written"
             )
-
-
-def _metadata(stored: oir.Model, path: Path, steps: Sequence[_Step]) -> dict[str, str]:
-    """The metadata of the model at `path`, and what was applied to it, after what was applied before."""
-    own = dict(stored.metadata_props)
-    try:
-        earlier = list(json.loads(own[APPLIED]))
-    except (KeyError, TypeError, ValueError):
-        earlier = []
-    made_by = {"model": sha256(path), "version": library_versions().get("onnxmerge", "")}
-    own[APPLIED] = json.dumps([*earlier, *({**step.told, **made_by} for step in steps)], sort_keys=True)
-    return own

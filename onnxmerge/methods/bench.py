@@ -14,6 +14,7 @@ from onnxmerge.methods.bounds import Bounds, size_checks, speed_checks, timed
 from onnxmerge.methods.measure import nodes_note, unreliable_note
 from onnxmerge.methods.timing import Timed, Timer
 from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.recipe import recipe_of_call
 from onnxmerge.report.schema import (
     BatchLatency,
     BoundCheck,
@@ -90,19 +91,15 @@ def bench_models(
                 speed = speed_checks(str(path), measured.latency.speedup, bounds, _at(size, found))
                 checks += timed(speed, measured.seconds)
             checks += size_checks(str(path), candidate.bytes, bounds)
+    given = {"models": models, "against": against, "batch": batches, **bounds.options(), "providers": providers}
+    given |= {"threads": threads, "seed": seed}
     result = Result(
         method="bench",
         versions=library_versions(),
         inputs=[_input(path) for path in originals],
         candidates=candidates,
         chosen=None,
-        recipe={
-            "providers": list(providers),
-            "batches": sorted({size for _, size in asked}),
-            "threads": threads,
-            "seed": seed,
-            "runs": runs,
-        },
+        recipe=recipe_of_call("bench", given),
         hardware=hardware(),
         notes=timer.notes,
         checks=checks,

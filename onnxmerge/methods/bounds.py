@@ -36,6 +36,15 @@ class Bounds:
         """Whether anything is asked."""
         return self != Bounds()
 
+    def options(self) -> dict[str, object]:
+        """By the names of options what the command line takes."""
+        tolerances = {"atol": (self.atol, self.output_atol), "rtol": (self.rtol, self.output_rtol)}
+        numbers = ("max_drop", "min_agreement", "max_bytes", "min_speedup")
+        return {
+            name: [*([] if every is None else [every]), *(f"{output}={own}" for output, own in outputs.items())]
+            for name, (every, outputs) in tolerances.items()
+        } | {name: getattr(self, name) for name in numbers}
+
     def tolerances(self, outputs: Sequence[str]) -> dict[str, Tolerance]:
         """The tolerance of each of `outputs` that has one.
 

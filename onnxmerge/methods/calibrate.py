@@ -1,11 +1,10 @@
 """calibrate: train a merged model towards its originals or labels, and keep what does best on held-out data."""
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as oir
@@ -23,7 +22,8 @@ from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.recipe import recipe_of
 from onnxmerge.methods.task import Network, Task, check_inputs, simple_network, with_data
-from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.provenance import hardware, library_versions
+from onnxmerge.report.recipe import as_recipe, with_steps
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.report.write import write_report
 
@@ -80,7 +80,8 @@ def calibrate_model(
     check_inputs(merged, model, networks)
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = _at_most(with_data(networks, sources, seed=settings.seed), samples, settings.seed)
-    recipe = recipe_of("calibrate", tasks, asdict(settings), merged=sha256(Path(merged)), samples=samples)
+    asked = {"merged": merged, "teacher": teachers, "data": data, "steps": settings.steps, "samples": samples}
+    recipe = recipe_of("calibrate", tasks, asked, settings, decides={"samples": samples}, reads=[merged])
     claimed = claim_folder(output, overwrite=overwrite or resume)
     with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
@@ -94,7 +95,7 @@ def calibrate_model(
             losses, said = _train(model, tasks, outputs, settings, shelf, progress)
             notes += said
             path = shelf.model_path(CALIBRATED)
-            save(model, path, {"onnxmerge.calibration": json.dumps(recipe, sort_keys=True)})
+            save(model, path, with_steps(model.metadata_props, recipe.step))
             found = _candidate(CALIBRATED, path, model, judge)
             found.steps, found.losses, found.seconds = losses[-1][0], losses, time.perf_counter() - begun
             shelf.put(found)
@@ -104,7 +105,7 @@ def calibrate_model(
             inputs=[task.record() for task in tasks],
             candidates=[given, found],
             chosen=found.name,
-            recipe=recipe,
+            recipe=as_recipe([recipe.step], shelf.model_path(CALIBRATED)),
             hardware=hardware(),
             notes=notes,
         )

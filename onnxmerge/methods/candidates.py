@@ -1,11 +1,9 @@
 """Finished candidates on disk, so that an interrupted run is reported and can be resumed."""
 
 import glob
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as oir
 from pydantic import ValidationError
@@ -13,7 +11,8 @@ from pydantic import ValidationError
 from onnxmerge.calibration.settings import Checkpoint
 from onnxmerge.files import write_text
 from onnxmerge.ir.save import save
-from onnxmerge.report.provenance import recipe_metadata, sha256
+from onnxmerge.methods.recipe import Recipe
+from onnxmerge.report.provenance import sha256
 from onnxmerge.report.schema import Candidate, Result
 
 
@@ -37,10 +36,10 @@ class Shelf:
         resume: whether earlier ones are looked for at all.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any], *, resume: bool):
+    def __init__(self, folder: Path, recipe: Recipe, *, resume: bool):
         self._folder = folder
         self._recipe = recipe
-        self._fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        self._fingerprint = recipe.fingerprint
         self._resume = resume
 
     def model_path(self, name: str) -> Path:
@@ -67,7 +66,7 @@ class Shelf:
     def write(self, name: str, model: oir.Model, metadata: Mapping[str, str] | None = None) -> Path:
         """Write the model of candidate `name`; what it carries of its recipe, and `metadata`, stand in it."""
         path = self.model_path(name)
-        save(model, path, recipe_metadata(self._recipe) | dict(metadata or {}))
+        save(model, path, self._recipe.metadata() | dict(metadata or {}))
         return path
 
     def put(self, candidate: Candidate) -> None:

@@ -14,9 +14,10 @@ from onnxmerge.ir.load import read
 from onnxmerge.ir.reach import remove_unneeded
 from onnxmerge.ir.save import save
 from onnxmerge.ir.stored import is_external
+from onnxmerge.methods.recipe import TASKS
 from onnxmerge.passes.merge_identical_nodes import MergeIdenticalNodes
 from onnxmerge.passes.take_stream import TakeStream
-from onnxmerge.report.provenance import library_versions, sha256
+from onnxmerge.report.recipe import RECIPE, history, step_of, with_steps
 
 _TEXTS = ("doc_string", "graph_doc_string")
 
@@ -88,9 +89,11 @@ def _unknown(task: str, tasks: list[str]) -> str:
 def _restore_inputs(graph: oir.Graph, task: str, metadata: Mapping[str, str]) -> dict[str, str]:
     """Keep the inputs that the task had, or reads, and give them their own names again: of each the name it had."""
     try:
-        original = json.loads(metadata["onnxmerge.recipe"])["inputs"][task]
-    except (KeyError, TypeError, ValueError):  # zip keeps no names of inputs: they are the first network's
-        original = {(v.name or "").removeprefix(f"{task}/"): v.name or "" for v in graph.inputs if v.uses()}
+        told = json.loads(metadata[TASKS])[task]
+    except (KeyError, TypeError, ValueError):
+        told = {}
+    # zip keeps no names of inputs: they are the first network's
+    original = told or {(v.name or "").removeprefix(f"{task}/"): v.name or "" for v in graph.inputs if v.uses()}
     present = {value.name or "": value for value in graph.inputs}
     kept = {name: present[called] for name, called in original.items() if called in present}
     graph.inputs.clear()
@@ -112,12 +115,11 @@ def _pass_inputs_through(graph: oir.Graph) -> None:
 
 
 def _restore_metadata(model: oir.Model, task: str, merged: Path) -> None:
-    """The task's own metadata and texts, and where it was taken from."""
+    """The task's own metadata and texts, and how it came here."""
+    steps = [*history(model.metadata_props), step_of("extract", [merged], {"merged": merged, "task": task})]
     prefix = f"{task}/"
     own = {key.removeprefix(prefix): text for key, text in model.metadata_props.items() if key.startswith(prefix)}
+    own.pop(RECIPE, None)
     model.doc_string, model.graph.doc_string = (own.pop(key, None) for key in _TEXTS)
     model.metadata_props.clear()
-    model.metadata_props.update(own)
-    model.metadata_props["onnxmerge.extracted"] = json.dumps(
-        {"task": task, "from": sha256(merged), "version": library_versions().get("onnxmerge", "")}, sort_keys=True
-    )
+    model.metadata_props.update(with_steps(own, *steps))

@@ -10,6 +10,7 @@ from onnxmerge.ir.load import load
 from onnxmerge.ir.spaces import Slots, Space, find_spaces
 from onnxmerge.ir.units import find_units
 from onnxmerge.methods.check import check_spaces
+from onnxmerge.report.recipe import as_recipe, history
 
 
 def inspect_model(
@@ -32,7 +33,10 @@ def inspect_model(
     spaces = find_spaces(model)
     macs = [layer.macs for layer in layers]
     checked = check_spaces(model, spaces, seed=seed, threads=threads) if check else None
+    steps = history(model.metadata_props)
     return {
+        "made_by": [{"command": own.command, "files": own.files, "versions": own.versions} for own in steps],
+        "recipe": as_recipe(steps, path) if steps else None,
         "layers": [_layer(layer) for layer in layers],
         "units": [{"name": u.name, "kind": u.kind, "cut": u.cut, "layers": list(u.layers)} for u in find_units(model)],
         "spaces": [_space(space) for space in spaces.spaces],

@@ -11,6 +11,7 @@ from onnxmerge.data import Split, parse_data_option
 from onnxmerge.ir.labels import dims
 from onnxmerge.ir.layers import parameter_count
 from onnxmerge.methods.extract import cut_task
+from onnxmerge.methods.recipe import TASKS
 from onnxmerge.methods.task import Feeds, Network, Task, with_data
 
 
@@ -38,7 +39,7 @@ def merged_tasks(model: oir.Model) -> list[str]:
     A model is merged when its metadata name its tasks and every output is called `TASK/output`.
     """
     try:
-        tasks = list(json.loads(model.metadata_props["onnxmerge.recipe"])["models"])
+        tasks = list(json.loads(model.metadata_props[TASKS]))
     except (KeyError, TypeError, ValueError):
         return []
     outputs = [value.name or "" for value in model.graph.outputs]

@@ -1,13 +1,12 @@
 """quantize: one model in 8-bit integers or float16, with what that costs each of its tasks."""
 
-import json
 import math
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as oir
@@ -29,12 +28,11 @@ from onnxmerge.methods.same import Runs
 from onnxmerge.methods.scoring import Tally
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
 from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.recipe import as_recipe, step_of, with_steps
 from onnxmerge.report.schema import BoundCheck, Candidate, InputRecord, LatencyRecord, Result
 from onnxmerge.runtime.latency import latency
 from onnxmerge.runtime.quantize import Ranges, join_ranges, measure_ranges, quantize_int8, to_float16
 
-QUANTIZED = "onnxmerge.quantized"
-"""The key of the metadata that tell how a model was quantized."""
 _BATCH = 8
 """Samples run at once when ranges are measured."""
 _NO_DATA = "noise"
@@ -94,7 +92,10 @@ def quantize_model(
     FoldBatchNorm()(plain)
     kept = _nodes(plain, keep, path)
     parts = parts_of(path, plain, data or [_NO_DATA], seed=seed)
-    metadata = {**stored.metadata_props, QUANTIZED: _told(path, to, parts, samples, seed, kept)}
+    drawn = {"samples": samples, "seed": seed} if to == "int8" else {}
+    given = {"model": path, "to": to, "data": data, "keep": keep, "max_drop": max_drop, **drawn}
+    step = step_of("quantize", [path], given)
+    metadata = with_steps(stored.metadata_props, step)
     claimed = claim_file(output, overwrite=overwrite)
     with claimed as target, tempfile.TemporaryDirectory(prefix="onnxmerge-") as name:
         folder = Path(name)
@@ -135,7 +136,7 @@ def quantize_model(
         ]
         notes = [] if reliable else [unreliable_note(target)]
         notes += [f"The samples of {part.name} are made up: they say little." for part in parts if part.data.stand_in]
-        result = _result(path, parts, candidate, notes, metadata[QUANTIZED], checks)
+        result = _result(path, parts, candidate, notes, as_recipe([step], target), checks)
         if result.chosen is not None:
             save(made, target, metadata, beside=is_external(stored))
     return result, result.broken
@@ -260,20 +261,12 @@ def _latency(
     return record, found.reliable
 
 
-def _told(path: Path, to: str, parts: Sequence[Part], samples: int, seed: int, keep: Sequence[str]) -> str:
-    sources = {part.name: part.data.source for part in parts}
-    drawn = {"data": sources, "samples": samples, "seed": seed} if to == "int8" else {}
-    version = library_versions().get("onnxmerge", "")
-    told = {"to": to, "model": sha256(path), "keep": list(keep), "version": version, **drawn}
-    return json.dumps(told, sort_keys=True)
-
-
 def _result(
     path: Path,
     parts: Sequence[Part],
     candidate: Candidate,
     notes: Sequence[str],
-    told: str,
+    recipe: dict[str, Any],
     checks: Sequence[BoundCheck],
 ) -> Result:
     record = InputRecord(
@@ -289,7 +282,7 @@ def _result(
         inputs=[record],
         candidates=[candidate],
         chosen=None,
-        recipe={"method": "quantize", **json.loads(told)},
+        recipe=recipe,
         hardware=hardware(),
         notes=list(notes),
         checks=list(checks),

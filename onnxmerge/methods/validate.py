@@ -17,6 +17,7 @@ from onnxmerge.methods.bounds import Bounds, score_checks, size_checks, speed_ch
 from onnxmerge.methods.measure import Bench, Judge, nodes_note, unreliable_note
 from onnxmerge.methods.task import Network, check_inputs, task_outputs, with_data
 from onnxmerge.report.provenance import hardware, library_versions
+from onnxmerge.report.recipe import recipe_of_call
 from onnxmerge.report.schema import BoundCheck, Candidate, Result, TaskScore
 
 
@@ -97,18 +98,15 @@ def validate_model(
         if not reliable:
             notes.append(unreliable_note(path))
         checks += timed(speed_checks(file, candidate.latency_ms.speedup, bounds), time.perf_counter() - started)
+    given = {"merged": merged, "against": against, "data": data, **bounds.options(), "samples": samples, "seed": seed}
+    given |= {"threads": threads, "providers": providers}
     result = Result(
         method="validate",
         versions=library_versions(),
         inputs=[task.record() for task in tasks],
         candidates=[candidate],
         chosen=None,
-        recipe={
-            "merged": file,
-            "data": {task.name: task.data.source for task in tasks},
-            "seed": seed,
-            "providers": list(providers),
-        },
+        recipe=recipe_of_call("validate", given),
         hardware=hardware(),
         notes=notes,
         checks=checks,

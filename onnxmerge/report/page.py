@@ -6,7 +6,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -15,6 +14,7 @@ from onnxmerge.report.columns import QUALITY, Column, columns, other_rows
 from onnxmerge.report.figures import count, megabytes, one_line, percent, points, significant, times
 from onnxmerge.report.panels import data_uri
 from onnxmerge.report.plots import plots
+from onnxmerge.report.recipe import as_yaml
 from onnxmerge.report.schema import Candidate, Result, TaskScore
 from onnxmerge.report.summary import (
     best_original,
@@ -84,7 +84,7 @@ def render_page(result: Result) -> str:
         compares=compares,
         batch_titles=(ALONE, COMPARED),
         batches_explained=EXPLAINED,
-        recipe=_yaml(result.model_dump(mode="json")["recipe"]),
+        recipe=as_yaml(result.recipe).rstrip() if result.recipe else "",
         hardware={
             key.replace("_gb", ", GB").replace("_", " "): _plain(value) for key, value in result.hardware.items()
         },
@@ -190,10 +190,6 @@ def _candidate_tables(found: list[Column]) -> list[CandidateTable]:
     tables = [CandidateTable("Quality on held-out data", [*k, *quality] if quality else [])]
     tables.append(CandidateTable("Size, speed and memory", cost))
     return [table for table in tables if table.columns]
-
-
-def _yaml(recipe: dict[str, Any]) -> str:
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).rstrip() if recipe else ""
 
 
 def _plain(value: Any) -> str:

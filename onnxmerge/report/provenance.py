@@ -2,11 +2,9 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,6 @@ def library_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
-
-
-def recipe_metadata(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """What an output's metadata say of how it was made."""
-    return {
-        "onnxmerge.method": recipe["method"],
-        "onnxmerge.recipe": json.dumps(recipe, sort_keys=True),
-        "onnxmerge.version": library_versions().get("onnxmerge", ""),
-    }
 
 
 def hardware() -> dict[str, Any]:

@@ -10,10 +10,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as oir
 
@@ -29,10 +28,11 @@ from onnxmerge.methods.fuse.plan import FusePlan, Planned, make_fuse_plan
 from onnxmerge.methods.fuse.settings import FuseSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.recipe import recipe_of
+from onnxmerge.methods.recipe import Recipe, recipe_of
 from onnxmerge.methods.task import Network, Task, load_networks, with_data
 from onnxmerge.passes.reinitialise import Reinitialise
 from onnxmerge.report.provenance import hardware, library_versions
+from onnxmerge.report.recipe import as_recipe
 from onnxmerge.report.schema import LayerLink, LayerLinks, Result
 from onnxmerge.report.write import write_report
 
@@ -73,7 +73,7 @@ def fuse_models(
     tasks = _load(models, data, settings, progress)
     planned = make_fuse_plan(tasks, settings, progress)
     weights = _in_order(tasks, planned, settings)
-    recipe = recipe_of("fuse", planned.tasks, asdict(settings))
+    recipe = recipe_of("fuse", planned.tasks, {"models": models, "data": data}, settings)
     claimed = claim_folder(output, overwrite=overwrite or resume)
     with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
@@ -143,7 +143,7 @@ class _Run:
         settings: FuseSettings,
         temporary: Path,
         shelf: Shelf,
-        recipe: dict[str, Any],
+        recipe: Recipe,
         progress: Progress,
     ):
         self.planned, self.tasks, self.weights, self.settings = planned, planned.tasks, weights, settings
@@ -263,7 +263,7 @@ class _Run:
             inputs=[task.record() for task in self.tasks],
             candidates=self.made.candidates,
             chosen=None if chosen is None else chosen.name,
-            recipe=self.recipe,
+            recipe=as_recipe([self.recipe.step], self.made.shelf.model_path("merged")),
             hardware=hardware(),
             notes=self.made.notes,
             originals=self.made.originals if self.made.candidates else {},

@@ -60,7 +60,7 @@ def make_fuse_plan(tasks: Sequence[Task], settings: FuseSettings, progress: Prog
     """Choose the reference and map every other network's layers to it.
 
     Raises:
-        UsageError: `settings.into` or `settings.maps` do not fit the networks.
+        UsageError: `settings.into` or `settings.map` do not fit the networks.
         ModelError: the networks do not have one task, no layers correspond, or channels cannot be compared.
     """
     _check_task(tasks)
@@ -73,14 +73,14 @@ def make_fuse_plan(tasks: Sequence[Task], settings: FuseSettings, progress: Prog
         reference = _deepened(reference, others, settings, progress)
     notes = [f"The fused network has the architecture of {reference.name}."]
     maps = []
-    replayed = None if settings.maps is None else _read(Path(settings.maps))
+    replayed = None if settings.map is None else _read(Path(settings.map))
     for task in others:
         if replayed is None:
             found = _align(reference, task, settings, progress)
             notes += found.notes
             maps.append(found.pairs)
         else:
-            maps.append(_replayed(Path(settings.maps or ""), replayed, reference, task))
+            maps.append(_replayed(Path(settings.map or ""), replayed, reference, task))
         row = ", ".join(f"{pair.second.name} -> {pair.first.name}" for pair in maps[-1])
         notes.append(f"Layer map of {task.name}: {row}.")
     notes += [note for task in tasks for note in _few_samples(task, settings)]

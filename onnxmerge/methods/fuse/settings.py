@@ -22,7 +22,7 @@ class FuseSettings:
         match: compare channels by activations or by weights, or leave them in their order.
         entropy: regularisation of optimal transport, relative to the median cost; 0 is exact.
         cost: what layer maps minimise.
-        maps: a plan.json whose layer maps are taken; None: they are found.
+        map: a plan.json whose layer maps are taken; None: they are found.
         targets: what least squares fits channels to (see `FuseOptions`); None: both are tried.
         start: what the result is before calibration: what the rule makes, the reference as it is, or the reference's
             architecture with random weights. None: what the rule makes; least squares also tries to keep the hidden
@@ -50,7 +50,7 @@ class FuseSettings:
     match: Matching = Matching.ACTIVATIONS
     entropy: float = 0.0
     cost: LayerCost = LayerCost.CKA
-    maps: str | None = None
+    map: str | None = None
     targets: Targets | None = None
     start: Start | None = None
     weights: tuple[float, ...] | None = None

@@ -11,9 +11,8 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as oir
@@ -26,11 +25,12 @@ from onnxmerge.methods.gate.plan import GatePlan, Planned, make_gate_plan
 from onnxmerge.methods.gate.settings import GateSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
-from onnxmerge.methods.recipe import recipe_of
+from onnxmerge.methods.recipe import Recipe, recipe_of
 from onnxmerge.methods.task import Network, Task, load_networks, task_outputs, with_data
 from onnxmerge.passes.fold_gates import FoldGates
 from onnxmerge.passes.prune import Prune
 from onnxmerge.report.provenance import hardware, library_versions
+from onnxmerge.report.recipe import as_recipe
 from onnxmerge.report.schema import GatedSpace, Result
 from onnxmerge.report.write import write_report
 
@@ -76,7 +76,7 @@ def gate_models(
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
     labels = _use_labels(tasks, settings, plan)
-    recipe = recipe_of("gate", tasks, asdict(settings))
+    recipe = recipe_of("gate", tasks, {"models": models, "data": data}, settings)
     claimed = claim_folder(output, overwrite=overwrite or resume)
     with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
@@ -150,7 +150,7 @@ class _Run:
         labels: bool,
         temporary: Path,
         shelf: Shelf,
-        recipe: dict[str, Any],
+        recipe: Recipe,
         progress: Progress,
     ):
         self._plan, self.planned, self.tasks = plan, planned, tasks
@@ -283,7 +283,7 @@ class _Run:
             inputs=[task.record() for task in self.tasks],
             candidates=self.made.candidates,
             chosen=None if chosen is None else chosen.name,
-            recipe=self.recipe,
+            recipe=as_recipe([self.recipe.step], self.made.shelf.model_path("merged")),
             hardware=hardware(),
             notes=self.made.notes,
             originals=self.made.originals if self.made.candidates else {},

@@ -3,11 +3,11 @@
 Inputs are tied, equal weights stored once, and equal sub-graphs computed once; nothing is approximated.
 """
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as oir
 
@@ -21,8 +21,10 @@ from onnxmerge.ir.stored import is_external
 from onnxmerge.methods.pack.packing import Endpoint, Packed, pack_graphs
 from onnxmerge.methods.pack.parity import Difference, Original, compare
 from onnxmerge.methods.progress import Progress, Silent
+from onnxmerge.methods.recipe import TASKS
 from onnxmerge.methods.task import task_names
-from onnxmerge.report.provenance import hardware, library_versions, recipe_metadata, sha256
+from onnxmerge.report.provenance import hardware, library_versions, sha256
+from onnxmerge.report.recipe import as_recipe, step_of, with_steps
 from onnxmerge.report.schema import Candidate, InputRecord, Result, TaskScore
 
 TOLERANCE = 1e-5
@@ -80,13 +82,12 @@ def pack_models(
         beside = any(is_external(model) for model in graphs.values())
         progress.stage("pack")
         packed = pack_graphs(graphs, asked, separate=separate_inputs)
-        recipe: dict[str, Any] = {
-            "method": "pack",
-            "models": {record.task: record.sha256 for record in records},
-            "inputs": packed.inputs,
-            "settings": {"share_inputs": list(share_inputs), "separate_inputs": separate_inputs},
-        }
-        metadata |= recipe_metadata(recipe)
+        step = step_of(
+            "pack",
+            paths.values(),
+            {"models": models, "share_input": share_inputs, "separate_inputs": separate_inputs or None},
+        )
+        metadata = with_steps({**metadata, TASKS: json.dumps(packed.inputs)}, step)
         notes = [*_sharing(packed), *packed.notes]
         differences: dict[str, Difference] = {}
         with staged(packed.model, target, metadata, beside=beside) as file:
@@ -112,7 +113,7 @@ def pack_models(
         inputs=records,
         candidates=[candidate],
         chosen=candidate.name,
-        recipe=recipe,
+        recipe=as_recipe([step], target),
         hardware=hardware(),
         notes=notes,
     )

@@ -43,7 +43,7 @@ class ComputeMode:
         tree = self._forest.tree(planned.units, planned.branches, planned.adapters)
         tried = [
             Fitted(self._level(start, planned).merged(tree), job.tasks, start)
-            for start in ((Start.SUBSPACE,) if planned.channels or planned.private else job.settings.starts)
+            for start in ((Start.SUBSPACE,) if planned.channels or planned.private else job.settings.start)
         ]
         if len(tried) == 1:
             return tried[0]

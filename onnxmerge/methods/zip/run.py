@@ -3,11 +3,11 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from onnxmerge.ir.layers import find_layers, parameter_count
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.methods.measure import Bench, Judge
+from onnxmerge.methods.recipe import Recipe
 from onnxmerge.methods.task import all_inputs
 from onnxmerge.methods.zip.bounds import Bounds
 from onnxmerge.methods.zip.choices import TREE, Mode
@@ -19,6 +19,7 @@ from onnxmerge.methods.zip.stems.tree import Branch, Forest
 from onnxmerge.methods.zip.weights_mode import WeightsMode
 from onnxmerge.passes.attach_tails import unshared
 from onnxmerge.report.provenance import hardware, library_versions
+from onnxmerge.report.recipe import as_recipe
 from onnxmerge.report.schema import Candidate, LayerSimilarity, Result
 
 
@@ -31,7 +32,7 @@ class Run:
         temporary: a folder.
     """
 
-    def __init__(self, job: Job, recipe: dict[str, Any], temporary: Path):
+    def __init__(self, job: Job, recipe: Recipe, temporary: Path):
         tasks, settings = job.tasks, job.settings
         self.job, self.recipe = job, recipe
         self.forest = Forest(tasks, job.sharable)
@@ -143,7 +144,7 @@ class Run:
             inputs=[task.record() for task in self.job.tasks],
             candidates=self.job.finished,
             chosen=None if chosen is None else chosen.name,
-            recipe=self.recipe,
+            recipe=as_recipe([self.recipe.step], self.job.shelf.model_path("merged")),
             hardware=hardware(),
             similarity=_mean_similarity([a.similarity for a in self.job.aligned.values()]),
             units=[unit.name for unit in self.job.plan.units],

@@ -8,7 +8,6 @@ the sequence over k, MTZ (He et al. 2018) for sharing across tasks, PLeaS and Re
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from onnxmerge.files import claim_folder, write_text
@@ -66,14 +65,14 @@ def zip_models(
     sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
     tasks = with_data(networks, sources, seed=settings.seed)
     sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
-    plan = make_plan(tasks, sharable, settings.share, settings.widths, settings.sharing, settings.mode)
+    plan = make_plan(tasks, sharable, settings.share, settings.width, settings.sharing, settings.mode)
+    candidates = [candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates]
     recipe = recipe_of(
         "zip",
         tasks,
-        {name: value for name, value in asdict(settings).items() if name != "share"},  # the plan says it
-        mode=plan.mode,
-        candidates=[candidate.model_dump(exclude={"predicted"}) for candidate in plan.candidates],
-        trees=settings.share == TREE,
+        {"models": models, "data": data, "share": settings.share, "max_drop": settings.max_drop},
+        settings,
+        decides={"share": settings.share == TREE, "candidates": candidates},
     )
     claimed = claim_folder(output, overwrite=overwrite or resume)
     with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
@@ -95,11 +94,11 @@ def zip_models(
 def plan_zip(
     models: Sequence[str | os.PathLike[str]],
     share: str = "auto",
-    widths: Sequence[float] = (1.0,),
+    width: Sequence[float] = (1.0,),
     sharing: Sequence[float] = (1.0,),
     mode: Mode = Mode.COMPUTE,
 ) -> Plan:
     """What `zip_models` would share, before any weight is touched; needs no data."""
     networks = load_networks(models, same_inputs=mode is Mode.COMPUTE)
     sharable = (find_sharable_of_any_width if mode is Mode.WEIGHTS else find_sharable)(networks)
-    return make_plan(networks, sharable, share, widths, sharing, mode)
+    return make_plan(networks, sharable, share, width, sharing, mode)
