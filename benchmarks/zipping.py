@@ -21,7 +21,7 @@ from onnxmerge.methods.zip.plan import Plan, PlannedCandidate
 from onnxmerge.methods.zip.zip import plan_zip
 from onnxmerge.report.schema import Candidate, LatencyRecord, MemoryRecord
 
-FITTED = ZipSettings().starts
+FITTED = ZipSettings().start
 """What the product tries."""
 
 

@@ -11,7 +11,6 @@ teacher's sum minus that actual value: the branch then makes up for what the ski
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from onnxmerge.runtime.patches import (
     weight_matrix,
 )
 from onnxmerge.runtime.statistics import Regression
+from onnxmerge.scratch import scratch
 
 Solve = Callable[[Layer, Sequence[Regression], np.ndarray], np.ndarray]
 """(layer, statistics of each teacher, current weights [groups, fan in + 1, outputs]) -> new weights.
@@ -152,7 +152,7 @@ class Refit(oir.passes.InPlacePass):
     def call(self, model: oir.Model) -> oir.passes.PassResult:
         """Walk the network and refit it."""
         at = [value.name or "" for value in model.graph.inputs]
-        with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
+        with scratch() as folder:
             walked = dict(self.teachers)
             cuts = [cut for cut in self.cuts if all(cut in teacher.values for teacher in walked.values())]
             before: Path | None = None
@@ -160,7 +160,7 @@ class Refit(oir.passes.InPlacePass):
                 ends = self._passing(cut) if cut is not None else [v.name or "" for v in model.graph.outputs]
                 if not set(ends) - set(at):
                     continue
-                piece, room = cut_out(model, at, ends), Path(folder) / str(step)
+                piece, room = cut_out(model, at, ends), folder / str(step)
                 seen = self._refit_piece(piece, walked, cut, room)
                 _copy_weights(piece, model)
                 if cut is not None:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one-sentence errors, nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,30 @@ def test_zip_writes_the_contract(tmp_path: Path, pair: tuple[Path, Path], sample
     assert report["candidates"][0]["tasks"]["a"]["agreement"] == 1.0
     assert report["candidates"][0]["tasks"]["a"]["accuracy"] is None
     assert report["chosen"] in {c["name"] for c in report["candidates"]}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["zip", "--rule", "x"], ["--rule", "'x'", "mtz", "onnxmerge zip --help"]),
+        (["zip", "a.onnx", "--steps", "-3"], ["--steps", "0", "onnxmerge zip --help"]),
+        (["zip"], ["models", "onnxmerge zip --help"]),
+        (["zip", "--stesp", "3"], ["--stesp", "--steps"]),
+        (["zipp"], ["zipp", "Did you mean 'zip'", "onnxmerge --help"]),
+        (["--versoin"], ["--versoin", "--version"]),
+    ],
+    ids=lambda own: " ".join(own),
+)
+def test_a_wrong_command_line_is_told_in_one_sentence(line: list[str], words: list[str]) -> None:
+    code, stdout, stderr = onnxmerge(*line)
+    assert (code, stdout) == (2, "")
+    (sentence,) = stderr.splitlines()
+    assert sentence.startswith("onnxmerge: error: ") and all(word in sentence for word in words)
+
+
+def test_without_a_command_there_is_help() -> None:
+    code, stdout, stderr = onnxmerge()
+    assert code == 2 and "Usage" in stdout + stderr and "zip" in stdout + stderr
 
 
 def test_same_seed_same_bytes(tmp_path: Path, pair: tuple[Path, Path], samples: Path) -> None:
@@ -349,6 +374,23 @@ def test_help_loads_no_heavy_library() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_threads_hold_for_linear_algebra_too() -> None:
+    script = (
+        "import contextlib, io, os, sys\n"
+        f"sys.argv = ['onnxmerge', 'inspect', {str(DEMO / 'digits.onnx')!r}, '--threads', '1']\n"
+        "from onnxmerge.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n    main()\n"
+        "import numpy as np\n"
+        "array = np.ones((1000, 1000)); array @ array\n"
+        "print(len(os.listdir('/proc/self/task')))\n"
+    )
+    limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {name: text for name, text in os.environ.items() if name not in limits}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert ran.stdout.strip() == "1"
 
 
 def test_the_demo_assets_are_small() -> None:

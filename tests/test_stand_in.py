@@ -258,7 +258,7 @@ def test_fuse_takes_the_word_and_gives_the_same_bytes_again(networks, tmp_path):
     made = []
     for folder in ("one", "two"):
         result = onnxmerge.fuse_models(networks, "noise", tmp_path / folder, settings=settings)
-        assert result.recipe["steps"][0]["fuse"]["data"] == "noise"
+        assert result.recipe["steps"][0]["fuse"]["data"]["a"] == "noise"
         assert result.candidates[0].tasks["a"].accuracy is None
         made.append((tmp_path / folder / "merged.onnx").read_bytes())
     assert made[0] == made[1]

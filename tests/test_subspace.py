@@ -204,7 +204,7 @@ DATA = {"digits": DEMO / "digits.yaml", "fashion": DEMO / "fashion.yaml"}
 
 
 def zipped(folder: Path, **changes: object) -> Result:
-    quick = {"steps": 0, "samples": 400, "measure": False, "starts": (Start.SUBSPACE,), "max_drop": None}
+    quick = {"steps": 0, "samples": 400, "measure": False, "start": (Start.SUBSPACE,), "max_drop": None}
     settings = onnxmerge.ZipSettings(**(quick | changes))  # type: ignore[arg-type]
     return onnxmerge.zip_models(MODELS, DATA, folder, settings=settings, overwrite=True)
 
@@ -247,7 +247,7 @@ def test_private_channels_help_the_closed_form_of_a_narrow_stem(tmp_path: Path) 
     """A stem with half of the channels, alone and with the other half for each task."""
     alone, beside = (
         zipped(tmp_path / name, share="3", **more).candidates[0]
-        for name, more in (("a", {"widths": (0.5,)}), ("b", {"sharing": (0.5,)}))
+        for name, more in (("a", {"width": (0.5,)}), ("b", {"sharing": (0.5,)}))
     )
     worst = [min(score.agreement or 0 for score in candidate.tasks.values()) for candidate in (alone, beside)]
     assert worst[1] > worst[0]

@@ -106,7 +106,7 @@ def edited(folder: Path, models: Sequence[Path], *candidates: dict[str, Any]) ->
 def zipped(
     folder: Path, models: Sequence[Path], data: object, share: object, *, resume: bool = False, **changes: Any
 ) -> Result:
-    quick = {"steps": 0, "samples": 200, "measure": False, "starts": (Start.KEEP,), "max_drop": None, "threads": 1}
+    quick = {"steps": 0, "samples": 200, "measure": False, "start": (Start.KEEP,), "max_drop": None, "threads": 1}
     chosen = onnxmerge.ZipSettings(share=str(share), **(quick | changes))
     out = folder / "out"
     return onnxmerge.zip_models(models, data, out, settings=chosen, overwrite=not resume, resume=resume)  # type: ignore[arg-type]

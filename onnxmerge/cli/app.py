@@ -22,6 +22,7 @@ from onnxmerge.cli import (
     validate,
     zip,
 )
+from onnxmerge.cli.errors import Commands
 from onnxmerge.cli.recipe import Told
 
 
@@ -35,6 +36,7 @@ def _print_version(asked: bool) -> None:
 
 app = typer.Typer(
     name="onnxmerge",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

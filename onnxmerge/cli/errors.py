@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from onnxmerge.errors import OnnxMergeError
 
@@ -34,6 +35,25 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             _fail([f"a fault of onnxmerge: {type(error).__name__}: {error}{hint}"], _FAULT, verbose)
 
     return wrapped
+
+
+class Commands(TyperGroup):
+    """The commands; a command line that none of them takes is told in one sentence as well."""
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, **more: Any) -> Any:
+        """See `click.Command.main`."""
+        given = sys.argv[1:] if args is None else args
+        if not given:  # the help
+            return super().main(args, *others, **more)
+        try:
+            code = super().main(args, *others, **{**more, "standalone_mode": False})
+        except typer.TyperException as error:
+            sentence = error.format_message().replace("Value error, ", "").rstrip(".")
+            context = getattr(error, "ctx", None)
+            hint = f" ({context.command_path} --help tells more)" if context is not None else ""
+            print(f"onnxmerge: error: {sentence}{hint}", file=sys.stderr)
+            code = error.exit_code
+        sys.exit(code)
 
 
 def _fail(messages: Sequence[object], code: int, verbose: bool) -> None:

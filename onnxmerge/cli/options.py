@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,14 @@ from onnxmerge.methods.fuse.choices import LayerCost
 if TYPE_CHECKING:
     from onnxmerge.methods.bounds import Bounds
     from onnxmerge.report.schema import Result
+
+
+def _limit_algebra(threads: int | None) -> int | None:
+    """Keep numpy's and scipy's linear algebra to so many threads: it reads this when a command loads it."""
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if threads else ():
+        os.environ.setdefault(name, str(threads))
+    return threads
+
 
 Models = Annotated[list[Path], typer.Argument(help="ONNX files.", show_default=False)]
 Data = Annotated[
@@ -32,7 +41,10 @@ Steps = Annotated[
 Labels = Annotated[bool, typer.Option("--labels/--no-labels", help="Use the data's labels in calibration.")]
 Samples = Annotated[int, typer.Option("--samples", min=2, help="Unlabelled samples of each task for the closed form.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything drawn at random.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads inside one operator.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, callback=_limit_algebra, help="Threads inside one operator."),
+]
 Device = Annotated[
     settings.Device | None,
     typer.Option("--device", help="Where to train; default: on a GPU if there is one.", show_default=False),

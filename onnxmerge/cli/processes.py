@@ -4,12 +4,12 @@ import contextlib
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from onnxmerge.errors import UsageError
+from onnxmerge.scratch import scratch
 
 
 def one_of_many(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,7 +37,7 @@ def one_of_many(command: Callable[..., Any]) -> Callable[..., Any]:
         with joined(device) as rank, contextlib.ExitStack() as stack:
             output: Path | None = kwargs.get("output")
             if rank and output is not None:
-                own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxmerge-"))) / "out"
+                own = stack.enter_context(scratch()) / "out"
                 if kwargs["resume"] and output.is_dir():
                     shutil.copytree(output, own)
                 kwargs |= {name: None for name in ("report", "tensorboard") if name in kwargs}

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from onnxmerge.ir.surgeon import edited
 from onnxmerge.methods.passes import Found, find_pass, make_pass
 from onnxmerge.methods.same import TOLERANCE, Runs
 from onnxmerge.report.recipe import step_of, with_steps
+from onnxmerge.scratch import scratch
 from onnxmerge.user_code import guarded, imported
 
 
@@ -120,9 +120,9 @@ def apply_model(
     done = []
     current = load(path) if passes else stored
     claimed = claim_file(output, overwrite=overwrite)
-    with claimed as target, tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
+    with claimed as target, scratch() as folder:
         for number, step in enumerate(steps):
-            file = Path(folder) / f"{number}.onnx"
+            file = folder / f"{number}.onnx"
             current = _rewritten(step, current, file, beside)
             after = Runs(file, seed, threads)
             if not change_interface:

@@ -1,7 +1,6 @@
 """bench: size, memory and latency of models, alone or against the originals they replace."""
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from onnxmerge.report.schema import (
 )
 from onnxmerge.runtime.memory import measure_memory
 from onnxmerge.runtime.session import node_providers
+from onnxmerge.scratch import scratch
 
 
 def bench_models(
@@ -66,8 +66,8 @@ def bench_models(
     checks: list[BoundCheck] = []
     candidates = []
     separate: dict[int, float | None] = {}
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
-        timer = Timer(originals, Path(folder), providers, threads, seed, runs)
+    with scratch() as folder:
+        timer = Timer(originals, folder, providers, threads, seed, runs)
         sizes = {path: timer.sizes(path, batches) for path in paths}
         asked = [(path, size) for path in paths for size in sizes[path]]
         for path, size in asked:  # what cannot run is told before anything is timed

@@ -1,7 +1,6 @@
 """calibrate: train a merged model towards its originals or labels, and keep what does best on held-out data."""
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,11 +20,12 @@ from onnxmerge.methods.candidates import Shelf
 from onnxmerge.methods.measure import Judge
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.recipe import recipe_of
-from onnxmerge.methods.task import Network, Task, check_inputs, simple_network, with_data
+from onnxmerge.methods.task import Network, Task, check_inputs, simple_network, sources_of, with_data
 from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.recipe import as_recipe, with_steps
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.report.write import write_report
+from onnxmerge.scratch import scratch
 
 GIVEN, CALIBRATED = "given", "merged"
 _OLDEST = 13
@@ -78,17 +78,17 @@ def calibrate_model(
     networks = [simple_network(task, teachers[task], own) for task, own in models.items()]
     outputs = _outputs(merged, model, networks)
     check_inputs(merged, model, networks)
-    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
+    sources = sources_of(data, networks)
     tasks = _at_most(with_data(networks, sources, seed=settings.seed), samples, settings.seed)
-    asked = {"merged": merged, "teacher": teachers, "data": data, "steps": settings.steps, "samples": samples}
+    asked = {"merged": merged, "teacher": teachers, "data": sources, "steps": settings.steps, "samples": samples}
     recipe = recipe_of("calibrate", tasks, asked, settings, decides={"samples": samples}, reads=[merged])
     claimed = claim_folder(output, overwrite=overwrite or resume)
-    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    with claimed as folder, scratch() as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
         if shelf.model_path(CALIBRATED).exists() and shelf.model_path(CALIBRATED).samefile(merged):
             raise UsageError(f"{output}: holds the merged model itself; choose another output folder")
         notes = _without_teacher(model, outputs)
-        judge = Judge(tasks, Path(temporary), settings.threads, outputs=outputs)
+        judge = Judge(tasks, temporary, settings.threads, outputs=outputs)
         given = _candidate(GIVEN, Path(merged), model, judge)
         found = shelf.get(CALIBRATED)
         if found is None:

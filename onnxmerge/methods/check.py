@@ -4,7 +4,6 @@ Every space gets a random cyclic permutation, which moves every channel, and onn
 after. Only float rounding may differ.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from onnxmerge.ir.save import save
 from onnxmerge.ir.spaces import Space, Spaces
 from onnxmerge.passes.permute import Permute
 from onnxmerge.runtime.session import open_session, random_feeds, run
+from onnxmerge.scratch import scratch
 
 TOLERANCE = 1e-4
 """Largest relative error that passes as float rounding."""
@@ -64,8 +64,8 @@ def check_spaces(model: oir.Model, spaces: Spaces, *, seed: int, threads: int | 
     generator = np.random.default_rng(seed)
     permutations = {space.name: _cycle(space.size, generator) for space in permutable}
     judged = _judge_before_saturation(model)
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
-        trial = _Trial(judged, Path(folder) / "model.onnx", seed, threads)
+    with scratch() as folder:
+        trial = _Trial(judged, folder / "model.onnx", seed, threads)
         together = trial.error(permutable, permutations)
         alone: dict[str, float] = {}
         if not together <= TOLERANCE or len(permutable) <= ALONE_LIMIT:

@@ -1,9 +1,7 @@
 """Second moments of two networks' channels on the same samples."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as oir
@@ -15,6 +13,7 @@ from onnxmerge.runtime.activations import BATCH, Arrays, Samples, Stored, keep, 
 from onnxmerge.runtime.heap import return_memory
 from onnxmerge.runtime.patches import Positions, grid_of, output_rows
 from onnxmerge.runtime.statistics import PairStatistics
+from onnxmerge.scratch import scratch
 
 
 def pair_statistics(
@@ -132,7 +131,7 @@ def walk(
     samples = [list(own) for own in feeds]
     left = list(wanted)
     return_memory()
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
+    with scratch() as folder:
         for step, cut in enumerate([*cuts, None]):
             ends = [] if cut is None else [own[cut] for own in values]
             inside = left if cut is None else _computed(models, at, ends, values, left)
@@ -145,10 +144,10 @@ def walk(
             pieces = [cut_out(*piece) if piece[2] else piece[0] for piece in zip(models, at, known, strict=True)]
             for number, own in enumerate(samples):
                 batches = lockstep(*zip(pieces, own, known, strict=True), threads=threads)
-                room = Path(folder) / f"{step}-{number}"
+                room = folder / f"{step}-{number}"
                 kept = keep(_passing(batches, names, values, cut, update), room).arrays
                 if step:
-                    shutil.rmtree(Path(folder) / f"{step - 1}-{number}")
+                    shutil.rmtree(folder / f"{step - 1}-{number}")
                 if cut is not None:
                     samples[number] = [Stored({end: kept[str(place)]}) for place, end in enumerate(ends)]
             at = [[end] for end in ends]

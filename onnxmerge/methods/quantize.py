@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from onnxmerge.report.recipe import as_recipe, step_of, with_steps
 from onnxmerge.report.schema import BoundCheck, Candidate, InputRecord, LatencyRecord, Result
 from onnxmerge.runtime.latency import latency
 from onnxmerge.runtime.quantize import Ranges, join_ranges, measure_ranges, quantize_int8, to_float16
+from onnxmerge.scratch import scratch
 
 _BATCH = 8
 """Samples run at once when ranges are measured."""
@@ -97,8 +97,7 @@ def quantize_model(
     step = step_of("quantize", [path], given)
     metadata = with_steps(stored.metadata_props, step)
     claimed = claim_file(output, overwrite=overwrite)
-    with claimed as target, tempfile.TemporaryDirectory(prefix="onnxmerge-") as name:
-        folder = Path(name)
+    with claimed as target, scratch() as folder:
         made = _made(plain, parts, to, kept, folder, samples, seed, beside=is_external(stored))
         file = folder / target.name
         save(made, file, metadata, beside=is_external(stored))

@@ -217,6 +217,13 @@ def simple_network(name: str, path: str | os.PathLike[str], model: oir.Model) ->
     return Network(name, Path(path), model, count)
 
 
+def sources_of(
+    data: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]], networks: Sequence[Network]
+) -> Mapping[str, str | os.PathLike[str]]:
+    """The data source of each task, where one may be given for all."""
+    return data if isinstance(data, Mapping) else {network.name: data for network in networks}
+
+
 def with_data(networks: Sequence[Network], sources: Mapping[str, str | os.PathLike[str]], *, seed: int) -> list[Task]:
     """Give each network its samples.
 

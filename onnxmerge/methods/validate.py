@@ -1,7 +1,6 @@
 """validate: hold a merged model against its originals in onnxruntime, and say which bounds it breaks."""
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,11 @@ from onnxmerge.ir.load import load, read
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.methods.bounds import Bounds, score_checks, size_checks, speed_checks, timed, tolerance_check
 from onnxmerge.methods.measure import Bench, Judge, nodes_note, unreliable_note
-from onnxmerge.methods.task import Network, check_inputs, task_outputs, with_data
+from onnxmerge.methods.task import Network, check_inputs, sources_of, task_outputs, with_data
 from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.recipe import recipe_of_call
 from onnxmerge.report.schema import BoundCheck, Candidate, Result, TaskScore
+from onnxmerge.scratch import scratch
 
 
 def validate_model(
@@ -59,15 +59,15 @@ def validate_model(
     _check_outputs(merged, model, networks)
     check_inputs(merged, model, networks)
     tolerances = bounds.tolerances([name for names in task_outputs(networks).values() for name in names])
-    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
+    sources = sources_of(data, networks)
     tasks = with_data(networks, sources, seed=seed)
     path, file = Path(merged), str(merged)
     bench = Bench(tasks, [value.name or "" for value in model.graph.inputs], threads, providers)
     nodes = bench.nodes(path)
     scores: dict[str, TaskScore] = {}
     checks: list[BoundCheck] = []
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
-        judge = Judge(tasks, Path(folder), threads, samples=samples, seed=seed, providers=providers)
+    with scratch() as folder:
+        judge = Judge(tasks, folder, threads, samples=samples, seed=seed, providers=providers)
         for task in tasks:
             started = time.perf_counter()
             tally = judge.tally(task, scored, tolerances)

@@ -7,9 +7,7 @@ need nothing in common but the samples.
 
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as oir
@@ -17,6 +15,7 @@ import onnx_ir as oir
 from onnxmerge.errors import ModelError
 from onnxmerge.ir.compose import cut_out
 from onnxmerge.runtime.activations import BATCH, OnDisk, Samples, lockstep, store, stream
+from onnxmerge.scratch import scratch
 
 ENTRIES = 4_000_000
 """Activations of a layer that are in memory at a time."""
@@ -47,14 +46,14 @@ def layer_grams(
     count = sum(len(batch[fed]) for batch in samples.batches(BATCH))
     at, arriving = [value.name or "" for value in model.graph.inputs], samples
     grams: dict[str, np.ndarray] = {}
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
+    with scratch() as folder:
         for number, name in enumerate(names):
             piece = cut_out(model, at, [name])
             one = next(stream(piece, arriving, [name], threads=threads, size=1))
-            stored = store(piece, arriving, [name], Path(folder) / str(number), threads=threads)
+            stored = store(piece, arriving, [name], folder / str(number), threads=threads)
             grams[name] = _centred(name, _rows(name, stored.arrays[name], count, one[name].shape[:1]))
             if number:
-                shutil.rmtree(Path(folder) / str(number - 1))
+                shutil.rmtree(folder / str(number - 1))
             at, arriving = [name], stored
     return grams
 

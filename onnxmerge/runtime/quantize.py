@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import onnx
 
 from onnxmerge.errors import ModelError, UsageError
+from onnxmerge.scratch import scratch
 
 Ranges = dict[str, tuple[np.ndarray, np.ndarray]]
 """The least and the greatest number that each value took."""
@@ -30,11 +30,11 @@ def measure_ranges(model: Path, batches: Iterable[Mapping[str, np.ndarray]], *, 
     from onnxruntime.quantization.calibrate import create_calibrator
 
     found: Ranges = {}
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder, _telling("calibrate"):
+    with scratch() as folder, _telling("calibrate"):
         calibrator = create_calibrator(
             model,
             None if everywhere else _operators(),
-            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            augmented_model_path=str(folder / "augmented.onnx"),
             calibrate_method=CalibrationMethod.MinMax,
             use_external_data_format=_is_large(model),
         )

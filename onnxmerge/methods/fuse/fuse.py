@@ -7,7 +7,6 @@ are never needed: of several candidates the one that agrees best with the ensemb
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +28,13 @@ from onnxmerge.methods.fuse.settings import FuseSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.recipe import Recipe, recipe_of
-from onnxmerge.methods.task import Network, Task, load_networks, with_data
+from onnxmerge.methods.task import Network, Task, load_networks, sources_of, with_data
 from onnxmerge.passes.reinitialise import Reinitialise
 from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.recipe import as_recipe
 from onnxmerge.report.schema import LayerLink, LayerLinks, Result
 from onnxmerge.report.write import write_report
+from onnxmerge.scratch import scratch
 
 FITS = 0.999
 """A network that is taken over as it is must agree with itself on this share of samples, or to the rest in error."""
@@ -73,11 +73,11 @@ def fuse_models(
     tasks = _load(models, data, settings, progress)
     planned = make_fuse_plan(tasks, settings, progress)
     weights = _in_order(tasks, planned, settings)
-    recipe = recipe_of("fuse", planned.tasks, {"models": models, "data": data}, settings)
+    recipe = recipe_of("fuse", planned.tasks, {"models": models, "data": sources_of(data, tasks)}, settings)
     claimed = claim_folder(output, overwrite=overwrite or resume)
-    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    with claimed as folder, scratch() as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
-        run = _Run(planned, weights, settings, Path(temporary), shelf, recipe, progress)
+        run = _Run(planned, weights, settings, temporary, shelf, recipe, progress)
         interrupted = run.make_candidates()
         result = run.result()
         shelf.choose(result.chosen)
@@ -108,8 +108,7 @@ def _load(
 ) -> list[Task]:
     progress.stage("load")
     networks: list[Network] = load_networks(models)
-    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
-    return with_data(networks, sources, seed=settings.seed)
+    return with_data(networks, sources_of(data, networks), seed=settings.seed)
 
 
 def _in_order(tasks: Sequence[Task], planned: Planned, settings: FuseSettings) -> list[float]:

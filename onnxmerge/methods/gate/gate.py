@@ -8,7 +8,6 @@ Source: Pašen and Boža, Merging of neural networks.
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,13 +25,14 @@ from onnxmerge.methods.gate.settings import GateSettings
 from onnxmerge.methods.one_task import OneTask
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.recipe import Recipe, recipe_of
-from onnxmerge.methods.task import Network, Task, load_networks, task_outputs, with_data
+from onnxmerge.methods.task import Network, Task, load_networks, sources_of, task_outputs, with_data
 from onnxmerge.passes.fold_gates import FoldGates
 from onnxmerge.passes.prune import Prune
 from onnxmerge.report.provenance import hardware, library_versions
 from onnxmerge.report.recipe import as_recipe
 from onnxmerge.report.schema import GatedSpace, Result
 from onnxmerge.report.write import write_report
+from onnxmerge.scratch import scratch
 
 if TYPE_CHECKING:
     from onnxmerge.calibration.engine import Outcome
@@ -73,14 +73,14 @@ def gate_models(
     networks = load_networks(models, folded=settings.layerwise)
     progress.stage("plan")
     plan, planned = _plan(networks, settings)
-    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
+    sources = sources_of(data, networks)
     tasks = with_data(networks, sources, seed=settings.seed)
     labels = _use_labels(tasks, settings, plan)
-    recipe = recipe_of("gate", tasks, {"models": models, "data": data}, settings)
+    recipe = recipe_of("gate", tasks, {"models": models, "data": sources}, settings)
     claimed = claim_folder(output, overwrite=overwrite or resume)
-    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    with claimed as folder, scratch() as temporary:
         shelf = Shelf(folder, recipe, resume=resume)
-        run = _Run(plan, planned, tasks, settings, labels, Path(temporary), shelf, recipe, progress)
+        run = _Run(plan, planned, tasks, settings, labels, temporary, shelf, recipe, progress)
         interrupted = run.make_candidates()
         result = run.result()
         shelf.choose(result.chosen)

@@ -6,7 +6,6 @@ the sequence over k, MTZ (He et al. 2018) for sharing across tasks, PLeaS and Re
 """
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from onnxmerge.methods.candidates import Interrupted, Shelf
 from onnxmerge.methods.pictures import held_out_pictures
 from onnxmerge.methods.progress import Progress, Silent
 from onnxmerge.methods.recipe import recipe_of
-from onnxmerge.methods.task import load_networks, with_data
+from onnxmerge.methods.task import load_networks, sources_of, with_data
 from onnxmerge.methods.zip.alignment import find_sharable
 from onnxmerge.methods.zip.choices import TREE, Mode
 from onnxmerge.methods.zip.fictive import find_sharable_of_any_width
@@ -26,6 +25,7 @@ from onnxmerge.methods.zip.run import Run
 from onnxmerge.methods.zip.settings import ZipSettings
 from onnxmerge.report.schema import Result
 from onnxmerge.report.write import write_report
+from onnxmerge.scratch import scratch
 
 
 def zip_models(
@@ -62,7 +62,7 @@ def zip_models(
     progress = progress or Silent()
     progress.stage("load")
     networks = load_networks(models, same_inputs=settings.mode is Mode.COMPUTE)
-    sources = data if isinstance(data, Mapping) else {network.name: data for network in networks}
+    sources = sources_of(data, networks)
     tasks = with_data(networks, sources, seed=settings.seed)
     sharable = (find_sharable_of_any_width if settings.mode is Mode.WEIGHTS else find_sharable)(tasks)
     plan = make_plan(tasks, sharable, settings.share, settings.width, settings.sharing, settings.mode)
@@ -70,12 +70,12 @@ def zip_models(
     recipe = recipe_of(
         "zip",
         tasks,
-        {"models": models, "data": data, "share": settings.share, "max_drop": settings.max_drop},
+        {"models": models, "data": sources, "share": settings.share, "max_drop": settings.max_drop},
         settings,
         decides={"share": settings.share == TREE, "candidates": candidates},
     )
     claimed = claim_folder(output, overwrite=overwrite or resume)
-    with claimed as folder, tempfile.TemporaryDirectory(prefix="onnxmerge-") as temporary:
+    with claimed as folder, scratch() as temporary:
         shelf, own = Shelf(folder, recipe, resume=resume), Path(temporary)
         fitting = Fitting(settings.samples, settings.seed, settings.threads, own, progress, settings.weights)
         run = Run(Job(tasks, sharable, plan, settings, fitting, shelf, progress), recipe, own)

@@ -10,7 +10,6 @@ Sources: Multi-Task Zipping (He, Zhou and Thiele 2018, algorithm 1), with all ne
 other; Zippering MobileNets (Chou et al. 2019) for depthwise convolutions and for going on from what was calibrated.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from onnxmerge.passes.shared_weights import share_least_squares
 from onnxmerge.passes.stack_tasks import StackTasks, read_streams
 from onnxmerge.passes.weight_parts import Part
 from onnxmerge.runtime.statistics import Regression
+from onnxmerge.scratch import scratch
 
 After = Callable[[oir.Model, str], None]
 """(merged model, the layer that was shared last): may train the model in place."""
@@ -89,8 +89,8 @@ def share_weights(
     extent = find_extent(sharable, share, depthwise=sharing.depthwise)
     if extent.cut is None:
         return Merged(unshared({task.name: with_own_inputs(task).model for task in tasks}), extent.counts)
-    with tempfile.TemporaryDirectory(prefix="onnxmerge-") as folder:
-        merging = _Merging(sharable, aligned, tasks, extent, sharing, begun, Path(folder))
+    with scratch() as folder:
+        merging = _Merging(sharable, aligned, tasks, extent, sharing, begun, folder)
         return merging.run(after, progress or Silent())
 
 
