@@ -7,6 +7,8 @@ from io import StringIO
 from rich.console import Console
 
 from onnxmerge.report.schema import (
+    BatchLatency,
+    BoundCheck,
     Candidate,
     InputRecord,
     LatencyRecord,
@@ -14,6 +16,7 @@ from onnxmerge.report.schema import (
     MemoryRecord,
     Result,
     TaskScore,
+    Timing,
 )
 from onnxmerge.report.tables import result_table
 
@@ -72,6 +75,59 @@ def make_result(tasks: list[str], number: int = 4, units: int = 9, *, labels: bo
         ],
         units=[f"block {unit}" for unit in range(units)],
         notes=["Calibration of k4 stopped early."],
+    )
+
+
+def bench_result() -> Result:
+    """Two merged models timed beside two originals at two batch sizes, with a bound kept and one broken."""
+
+    def timing(p50: float, batch: int) -> Timing:
+        return Timing(p50=p50, p90=1.1 * p50, p99=1.3 * p50, throughput=1000 * batch / p50, rounds=200)
+
+    def candidate(name: str, p50: float, size: int) -> Candidate:
+        batches = [
+            BatchLatency(
+                batch=batch,
+                merged=timing(p50 * batch**0.8, batch),
+                separate=timing(2.1 * batch**0.8, batch),
+                separate_default=timing(3.4 * batch**0.8, batch),
+                unshared=timing(2.2 * batch**0.8, batch),
+                speedup=2.1 / p50,
+                of_ideal=1.05 / p50,
+            )
+            for batch in (1, 8)
+        ]
+        latency = LatencyRecord(merged=p50, separate=2.1, separate_default=3.4, speedup=2.1 / p50)
+        return Candidate(
+            name=name,
+            share=0,
+            path=f"{name}.onnx",
+            parameters=size // 4,
+            bytes=size,
+            tasks={},
+            latency_ms=latency,
+            memory_mb=MemoryRecord(merged=size / 1e5, separate=31.0),
+            steps=0,
+            seconds=3.0,
+            batches=batches,
+        )
+
+    def check(of: str, speedup: float) -> BoundCheck:
+        passed = speedup >= 1.6
+        told = f"{of} is {speedup:.2f} times as fast, {'at least' if passed else 'less than'} 1.6."
+        return BoundCheck(
+            bound="min-speedup", of=of, limit=1.6, measured=speedup, passed=passed, told=told, seconds=0.1
+        )
+
+    checks = [check("large.onnx", 2.1 / 1.6), check("small.onnx", 2.1 / 1.2)]
+    return Result(
+        method="bench",
+        versions={},
+        inputs=make_result(["a", "b"]).inputs,
+        candidates=[candidate("large", 1.6, 2_000_000), candidate("small", 1.2, 1_400_000)],
+        chosen=None,
+        notes=[checks[0].told],
+        checks=checks,
     )
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from onnxmerge.report.figures import one_line, percent, significant
 from onnxmerge.report.schema import LayerLinks, Result, TaskScore
 from onnxmerge.report.summary import ensemble_accuracy
-from onnxmerge.report.svg import GRID, INK, MUTED, SERIES, Plot, drawing, narrow_panel, to_svg
+from onnxmerge.report.svg import GRID, INK, MUTED, SERIES, Plot, drawing, mark, narrow_panel, to_svg
 
 _LONGEST_NAME = 22
 _ROW = 0.27
@@ -46,12 +46,14 @@ def quality_of_all(result: Result) -> Plot | None:
     ensemble = ensemble_accuracy(result)
     if title == "Accuracy" and ensemble is not None:
         known.insert(sum(color == SERIES[1] for _, _, color in known), ("ensemble", ensemble, SERIES[2]))
+    numbers = {candidate.name: number for number, candidate in enumerate(result.candidates)}
     with drawing():
         figure, axis = narrow_panel(0.75 + _ROW * len(known))
         values = [scale * value for _, value, _ in known]
         for row, (name, value, color) in enumerate(known):
             chosen = name == result.chosen and color == SERIES[0]
-            axis.plot([scale * value], [row], "o", color=color, markersize=6.5)
+            gid = mark(numbers[name]) if color == SERIES[0] else None
+            axis.plot([scale * value], [row], "o", color=color, markersize=6.5, gid=gid)
             if chosen:
                 axis.plot([scale * value], [row], "o", color=INK, fillstyle="none", markersize=11)
             note = text(value)

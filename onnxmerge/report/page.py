@@ -1,5 +1,10 @@
-"""The result as one HTML file that opens offline: styles and plots inside, no script, nothing fetched."""
+"""The result as one HTML file that opens offline: styles, plots and one script inside, nothing fetched.
 
+The page is complete without its script, which shows candidates other than the chosen one. The policy in its head lets
+a browser run that script alone, known by its hash, and load nothing: a name that slipped through could do no harm.
+"""
+
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +17,7 @@ from markupsafe import Markup
 from onnxmerge.report.batches import ALONE, COMPARED, EXPLAINED, batch_rows, compares
 from onnxmerge.report.columns import QUALITY, Column, columns, other_rows
 from onnxmerge.report.figures import count, megabytes, one_line, percent, points, significant, times
-from onnxmerge.report.panels import data_uri
+from onnxmerge.report.panels import base64_text, data_uri
 from onnxmerge.report.plots import plots
 from onnxmerge.report.recipe import as_yaml
 from onnxmerge.report.schema import Candidate, Result, TaskScore
@@ -68,12 +73,16 @@ def render_page(result: Result) -> str:
         keep_trailing_newline=True,
     )
     chosen = chosen_candidate(result)
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         result=result,
         title=" + ".join(one_line(task) for task in task_names(result)) or result.method,
         headline=headline(result),
         chosen=chosen,
-        tile_rows=[] if chosen is None else _tile_rows(chosen, result),
+        figures=[(candidate, _tile_rows(candidate, result)) for candidate in result.candidates],
+        selectable=any(candidate.name != result.chosen for candidate in result.candidates),
+        script=Markup(script),
+        script_hash=base64_text(hashlib.sha256(script.encode()).digest()),
         plots=[(plot.title, plot.caption, Markup(plot.svg), plot.narrow) for plot in plots(result)],
         data_uri=data_uri,
         fused=is_fused(result),
@@ -96,32 +105,32 @@ def render_page(result: Result) -> str:
     )
 
 
-def _tile_rows(chosen: Candidate, result: Result) -> list[tuple[str, list[Tile]]]:
+def _tile_rows(candidate: Candidate, result: Result) -> list[tuple[str, list[Tile]]]:
     if is_fused(result):
         return [
-            ("How the chosen candidate fares", _fused_tiles(chosen, result)),
-            ("What the chosen candidate saves", _saving_tiles(chosen, result)),
+            ("How it fares", _fused_tiles(candidate, result)),
+            ("What it saves", _saving_tiles(candidate, result)),
         ]
     return [
-        ("What the chosen candidate saves", _saving_tiles(chosen, result)),
-        ("How the chosen candidate fares in each task", _task_tiles(chosen, result)),
+        ("What it saves", _saving_tiles(candidate, result)),
+        ("How it fares in each task", _task_tiles(candidate, result)),
     ]
 
 
-def _saving_tiles(chosen: Candidate, result: Result) -> list[Tile]:
-    """What the chosen candidate costs beside the originals."""
+def _saving_tiles(candidate: Candidate, result: Result) -> list[Tile]:
+    """What the candidate costs beside the originals."""
     tiles = []
     if result.units:
-        layers = f"{chosen.shared_layers} of {chosen.total_layers} layers"
-        layers += "".join(f"; {group} {units} units" for group, units in chosen.branches.items())
-        known = chosen.shared_layers is not None and chosen.total_layers is not None
-        tiles.append(Tile("Shared units", f"{chosen.share} of {len(result.units)}", layers if known else ""))
+        layers = f"{candidate.shared_layers} of {candidate.total_layers} layers"
+        layers += "".join(f"; {group} {units} units" for group, units in candidate.branches.items())
+        known = candidate.shared_layers is not None and candidate.total_layers is not None
+        tiles.append(Tile("Shared units", f"{candidate.share} of {len(result.units)}", layers if known else ""))
     tiles.append(
-        Tile("Size", f"{megabytes(chosen.bytes)} MB", _of(chosen.bytes, original_bytes(result), megabytes, " MB"))
+        Tile("Size", f"{megabytes(candidate.bytes)} MB", _of(candidate.bytes, original_bytes(result), megabytes, " MB"))
     )
     originals = sum(record.parameters for record in result.inputs)
-    tiles.append(Tile("Parameters", count(chosen.parameters), _of(chosen.parameters, originals, count)))
-    latency, memory = chosen.latency_ms, chosen.memory_mb
+    tiles.append(Tile("Parameters", count(candidate.parameters), _of(candidate.parameters, originals, count)))
+    latency, memory = candidate.latency_ms, candidate.memory_mb
     if latency.speedup is not None:
         both = latency.merged is not None and latency.separate is not None
         detail = f"{significant(latency.merged or 0)} ms for {significant(latency.separate or 0)} ms" if both else ""
@@ -134,11 +143,11 @@ def _saving_tiles(chosen: Candidate, result: Result) -> list[Tile]:
     return tiles
 
 
-def _task_tiles(chosen: Candidate, result: Result) -> list[Tile]:
-    """How the chosen candidate fares in each task, by the best figure there is."""
+def _task_tiles(candidate: Candidate, result: Result) -> list[Tile]:
+    """How the candidate fares in each task, by the best figure there is."""
     tiles = []
     for task in task_names(result):
-        score = chosen.tasks.get(task, TaskScore())
+        score = candidate.tasks.get(task, TaskScore())
         agreement = None if score.agreement is None else f"agreement {percent(score.agreement)} %"
         error = None if score.relative_error is None else f"relative error {significant(score.relative_error)}"
         if score.accuracy is not None:
@@ -157,9 +166,9 @@ def _task_tiles(chosen: Candidate, result: Result) -> list[Tile]:
     return tiles
 
 
-def _fused_tiles(chosen: Candidate, result: Result) -> list[Tile]:
-    """How the chosen candidate fares beside the best original and the ensemble."""
-    score, best, tiles = chosen.ensemble or TaskScore(), best_original(result), []
+def _fused_tiles(candidate: Candidate, result: Result) -> list[Tile]:
+    """How the candidate fares beside the best original and the ensemble."""
+    score, best, tiles = candidate.ensemble or TaskScore(), best_original(result), []
     if score.accuracy is not None:
         tiles.append(Tile("Accuracy", f"{percent(score.accuracy)} %"))
         if best is not None:

@@ -48,4 +48,9 @@ def to_png(image: np.ndarray, black: float, white: float) -> bytes:
 
 def data_uri(png: bytes) -> str:
     """The image inside the page's text: nothing is fetched."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+    return f"data:image/png;base64,{base64_text(png)}"
+
+
+def base64_text(content: bytes) -> str:
+    """`content` as base64."""
+    return base64.b64encode(content).decode("ascii")

@@ -17,7 +17,7 @@ from onnxmerge.report.heat_map import heat_map
 from onnxmerge.report.labels import label_points
 from onnxmerge.report.schema import Candidate, Result, TaskScore
 from onnxmerge.report.summary import has_stem, is_fused, original_bytes, task_names
-from onnxmerge.report.svg import BAND, INK, MUTED, SERIES, Plot, drawing, narrow_panel, panels, to_svg
+from onnxmerge.report.svg import BAND, INK, MUTED, SERIES, Plot, drawing, mark, narrow_panel, panels, to_svg
 
 
 @dataclass(frozen=True)
@@ -124,28 +124,29 @@ def similarity(result: Result) -> Plot | None:
 
 def calibration(result: Result) -> Plot | None:
     """Held-out loss against step for each calibrated candidate; None when none was calibrated."""
-    curves = [candidate for candidate in result.candidates if len(candidate.losses) > 1]
+    curves = [(n, candidate) for n, candidate in enumerate(result.candidates) if len(candidate.losses) > 1]
     if not curves:
         return None
     alone = is_fused(result) and len(curves) == 1
     with drawing():
         figure, axis = narrow_panel(2.6) if alone else _whole_panel(3.2)
-        losses = [loss for candidate in curves for _, loss in candidate.losses if math.isfinite(loss)]
+        losses = [loss for _, candidate in curves for _, loss in candidate.losses if math.isfinite(loss)]
         if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-        for number, candidate in enumerate(curves):
+        for place, (number, candidate) in enumerate(curves):
             chosen = candidate.name == result.chosen
             axis.plot(
                 [step for step, _ in candidate.losses],
                 [loss for _, loss in candidate.losses],
                 marker="o",
                 markersize=3.0,
-                color=INK if chosen else _shade(number, len(curves)),
+                color=INK if chosen else _shade(place, len(curves)),
                 linewidth=2.6 if chosen else 1.4,
                 zorder=3 if chosen else 2,
+                gid=mark(number),
             )
         axis.set_xlabel("calibration step (0 is the closed form)")
         axis.set_ylabel("held-out loss")
@@ -203,14 +204,16 @@ def _draw_quality(
 ) -> None:
     """Dots for all candidates at `place`, the original's dashed line, a ring around the chosen one."""
     color = SERIES[number % len(SERIES)]
-    dots = [(place(c), quality.values[c.name], c) for c in result.candidates if c.name in quality.values]
-    known = [(x, y, candidate) for x, y, candidate in dots if x is not None]
+    scored = [(n, c) for n, c in enumerate(result.candidates) if c.name in quality.values]
+    dots = [(place(c), quality.values[c.name], n, c) for n, c in scored]
+    known = [(x, y, n, candidate) for x, y, n, candidate in dots if x is not None]
     if line:
-        best = _best_of_each_share(candidate for _, _, candidate in known if not candidate.branches)
-        joined = sorted((x, y) for x, y, candidate in known if candidate in best)
+        best = _best_of_each_share(candidate for *_, candidate in known if not candidate.branches)
+        joined = sorted((x, y) for x, y, _, candidate in known if candidate in best)
         axis.plot([x for x, _ in joined], [y for _, y in joined], color=color)
-    axis.plot([x for x, _, _ in known], [y for _, y, _ in known], "o", color=color)
-    ring = [(x, y) for x, y, candidate in known if candidate.name == result.chosen]
+    for x, y, n, _ in known:
+        axis.plot([x], [y], "o", color=color, gid=mark(n))
+    ring = [(x, y) for x, y, _, candidate in known if candidate.name == result.chosen]
     axis.plot([x for x, _ in ring], [y for _, y in ring], "o", color=INK, fillstyle="none", markersize=11)
     levels = list(quality.values.values())
     if quality.original is not None:

@@ -61,6 +61,7 @@ _ROLES = {
     **{color: f"series-{number}" for number, color in enumerate(SERIES)},
 }
 _COLOR = re.compile("|".join(_ROLES))
+_MARK_ID = re.compile(r'(<g) id="candidate-(\d+)"')
 _UNUSED_ID = re.compile(r'(<g) id="[^"]*"')
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -105,10 +106,19 @@ def narrow_panel(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def mark(number: int) -> str:
+    """The gid of what stands for the candidate of that number, from 0: the page's script finds it by that."""
+    return f"candidate-{number}"
+
+
 def to_svg(figure: Figure) -> str:
-    """The `<svg>` element of `figure`, without XML prolog, metadata or ids that only name groups."""
+    """The `<svg>` element of `figure`, without XML prolog, metadata or ids that only name groups.
+
+    What has `mark(n)` as its gid becomes `<g class="mark" data-candidate="n">`.
+    """
     stream = StringIO()
     figure.savefig(stream, format="svg", metadata=_METADATA)
     text = stream.getvalue()
-    text = _UNUSED_ID.sub(r"\1", text[text.index("<svg") :])
+    text = _MARK_ID.sub(r'\1 class="mark" data-candidate="\2"', text[text.index("<svg") :])
+    text = _UNUSED_ID.sub(r"\1", text)
     return _COLOR.sub(lambda match: f"var(--{_ROLES[match[0]]}, {match[0]})", text)
