@@ -80,22 +80,23 @@ function texts(page) {
       const box = range.getClientRects()[0];
       return box ? page.elementsFromPoint(box.left + box.width / 2, box.top + box.height / 2) : [];
     };
+    const isCovered = () => {
+      const above = stack.slice(0, stack.indexOf(owner));
+      return !stack.includes(owner) || above.some((upper) => !owner.contains(upper) && painted(view, upper));
+    };
     let stack = stackAtText();
-    if (!stack.includes(owner)) {
-      owner.scrollIntoView({ inline: "center", block: "nearest" });
+    const scrolling = owner.closest(".scroll");
+    if (isCovered() && scrolling) {
+      const [box, window] = [range.getBoundingClientRect(), scrolling.getBoundingClientRect()];
+      scrolling.scrollLeft += (box.left + box.right - window.left - window.right) / 2;
       stack = stackAtText();
     }
-    const place = stack.indexOf(owner);
-    if (place < 0 || stack.slice(0, place).some((upper) => !owner.contains(upper) && painted(view, upper))) {
+    if (isCovered()) {
       found.covered.push(text);
       continue;
     }
-    const layers = [];
-    for (const layer of stack.slice(place).map((element) => element === owner && owner.closest("svg") ? null : painted(view, element))) {
-      if (layer) {
-        layers.push(layer);
-      }
-    }
+    const below = stack.slice(stack.indexOf(owner) + (owner.closest("svg") ? 1 : 0));
+    const layers = below.map((element) => painted(view, element)).filter((layer) => layer !== null);
     const canvas = view.matchMedia("(prefers-color-scheme: dark)").matches ? [0, 0, 0] : [255, 255, 255];
     const behind = layers.reduceRight((lower, upper) => over(upper, lower), canvas);
     const style = view.getComputedStyle(owner);
@@ -229,8 +230,9 @@ addEventListener("load", () => {
   for (const frame of document.querySelectorAll("iframe")) {
     const page = frame.contentDocument;
     page.querySelectorAll("details").forEach((element) => (element.open = true));
-    frame.style.height = `${page.documentElement.scrollHeight + 400}px`; // room for a selection's bar
-    findings[frame.id] = {
+    const height = () => Math.ceil(page.querySelector("main").getBoundingClientRect().bottom);
+    frame.style.height = `${height() + 400}px`; // room for a selection's bar
+    findings[frame.name] = {
       width: page.defaultView.innerWidth,
       dark: page.defaultView.matchMedia("(prefers-color-scheme: dark)").matches,
       fetched: page.defaultView.performance.getEntriesByType("resource").map((entry) => entry.name),
@@ -240,10 +242,11 @@ addEventListener("load", () => {
       seen: page.querySelector(".selection") ? behaviour(page, Number(frame.dataset.select)) : null,
       parts: parts(page),
     };
-    frame.style.height = `${page.documentElement.scrollHeight}px`;
+    frame.style.height = `${height()}px`;
   }
   for (const frame of document.querySelectorAll("iframe")) {
-    findings[frame.id].top = frame.getBoundingClientRect().top;
+    const { left, top } = frame.getBoundingClientRect();
+    Object.assign(findings[frame.name], { left, top });
   }
   document.querySelector("#findings").textContent = JSON.stringify({ tall: document.documentElement.scrollHeight, pages: findings });
 });

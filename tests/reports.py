@@ -3,9 +3,11 @@
 import math
 from html.parser import HTMLParser
 from io import StringIO
+from pathlib import Path
 
 from rich.console import Console
 
+import onnxmerge.report
 from onnxmerge.report.schema import (
     BatchLatency,
     BoundCheck,
@@ -137,8 +139,12 @@ def printed(result: Result, width: int) -> list[str]:
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
+SCRIPT = (Path(onnxmerge.report.__file__).parent / "page.js").read_text(encoding="utf-8")
+"""The only script a page may hold."""
+
+
 class Page(HTMLParser):
-    """What a browser would make of the page: tags, attributes, tables as rows of cell texts, and all text."""
+    """What a browser would make of the page: tags, attributes, tables as rows of cell texts, scripts, and all other text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -146,7 +152,9 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str]] = []
         self.rows: list[list[str]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self._in_cell = False
+        self._in_script = False
         self.feed(page)
         self.close()
 
@@ -155,15 +163,22 @@ class Page(HTMLParser):
         self.attributes.extend((name, value or "") for name, value in attrs)
         if tag == "tr":
             self.rows.append([])
+        if tag == "script":
+            self.scripts.append("")
+        self._in_script = tag == "script"
         if tag in ("td", "th"):
             self.rows[-1].append("")
             self._in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
         if tag in ("td", "th"):
             self._in_cell = False
 
     def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+            return
         self.text += data
         if self._in_cell:
             self.rows[-1][-1] += data

@@ -1,7 +1,5 @@
 """The page in a real browser, light and dark, wide and as narrow as a phone: what is seen, and what a pointer does."""
 
-from pathlib import Path
-
 import pytest
 from browser import Seen, find_browser, look
 from reports import bench_result, make_result
@@ -30,11 +28,6 @@ NAMES = {"zip": ("k3", "k2"), "fuse": ("calibrated", "heads"), "bench": (None, "
 """The chosen candidate, and the one that is selected."""
 
 
-def seen_in(pages: dict[str, str], folder: Path, width: int = 1280, dark: bool = False) -> Seen:
-    assert BROWSER is not None
-    return look(BROWSER, pages, folder, width=width, dark=dark, select=SELECTED)
-
-
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
     results = {
@@ -45,21 +38,22 @@ def pages() -> dict[str, str]:
     return {name: render_page(result) for name, result in results.items()}
 
 
-@pytest.fixture(scope="module", params=[(w, d) for w in WIDTHS for d in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[False, True], ids=["light", "dark"])
 def seen(request: pytest.FixtureRequest, pages: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    width, dark = request.param
-    found = seen_in(pages, tmp_path_factory.mktemp("browser"), width, dark)
-    for page in found.pages.values():
-        assert (page["width"], page["dark"]) == (width, dark)
+    assert BROWSER is not None
+    folder = tmp_path_factory.mktemp("browser")
+    found = look(BROWSER, pages, folder, widths=WIDTHS, dark=request.param, select=SELECTED)
+    for (_, width), page in found.pages.items():
+        assert (page["width"], page["dark"]) == (width, request.param)
     return found
 
 
-def problems(seen: Seen, name: str) -> dict[str, list[str]]:
+def problems(seen: Seen, name: str, width: int) -> dict[str, list[str]]:
     """What is wrong with a page, by what it is that is wrong."""
-    page = seen.pages[name]
+    page = seen.pages[name, width]
     found = {
         "missing": [h for h in HEADINGS[name] if h not in [part["heading"] for part in page["parts"]]],
-        "empty": [part["heading"] for part in page["parts"] if seen.colors(name, part["box"]) < 2],
+        "empty": [part["heading"] for part in page["parts"] if seen.is_empty((name, width), part["box"])],
         "wide": page["wide"],
         "covered": page["texts"]["covered"],
         "pale": page["texts"]["pale"],
@@ -106,8 +100,10 @@ def misbehaviour(seen: dict, chosen: str | None, selected: str) -> list[str]:
     return [step for step, right in checks.items() if not right]
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", HEADINGS)
-def test_the_page_is_whole_legible_and_answers_to_pointer_and_keys(seen: Seen, name: str) -> None:
-    assert problems(seen, name) == {}
-    assert seen.pages[name]["texts"]["number"] > 100  # texts were measured, and labels, where there are plots
-    assert (seen.pages[name]["labels"]["number"] > 10) == (name != "bench")
+def test_the_page_is_whole_legible_and_answers_to_pointer_and_keys(seen: Seen, name: str, width: int) -> None:
+    assert problems(seen, name, width) == {}
+    page = seen.pages[name, width]
+    assert page["texts"]["number"] > 100  # texts were measured, and labels, where there are plots
+    assert (page["labels"]["number"] > 10) == (name != "bench")

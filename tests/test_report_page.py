@@ -1,13 +1,16 @@
 """The page, and that what was not measured is never a number."""
 
+import base64
+import hashlib
 import re
 import warnings
+from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from reports import Page, make_result, printed
+from reports import SCRIPT, Page, make_result, printed
 
 from onnxmerge.report.columns import columns
 from onnxmerge.report.figures import one_line
@@ -114,11 +117,15 @@ def test_any_task_name_stays_text(tasks: list[str]) -> None:
     result.similarity = result.similarity[:4]
     result.notes = [f"{tasks[0]} was not shared."]
     result.units[0] = tasks[0]
+    for candidate, name in zip(result.candidates, tasks, strict=False):
+        candidate.name = name
+    result.chosen = tasks[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = render_page(result)
     page = Page(text)
     plain = Page(render_page(make_result(["plain"], number=2)))
+    assert page.scripts == plain.scripts == [SCRIPT]
     assert page.tags == plain.tags
     assert {name for name, _ in page.attributes} == {name for name, _ in plain.attributes}
     for task in tasks:
@@ -130,16 +137,45 @@ def test_any_task_name_stays_text(tasks: list[str]) -> None:
     printed(result, 100)
 
 
-def test_the_page_fetches_nothing_and_runs_nothing() -> None:
+def test_the_page_fetches_nothing_and_runs_one_script() -> None:
     text = render_page(make_result(["a", "b"]))
     page = Page(text)
-    assert not page.tags & {"script", "link", "iframe", "img", "object"}
+    assert not page.tags & {"link", "iframe", "img", "object"}
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     references = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
     assert references
     assert all(value.startswith("#") for value in references)
     assert all(reference.startswith("#") for reference in re.findall(r"url\(['\"]?(.)", text))
     assert "@import" not in text
+    assert page.scripts == [SCRIPT]
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    (policy,) = [value for name, value in page.attributes if name == "content" and "default-src" in value]
+    assert policy.split("; ") == [
+        *("default-src 'none'", "style-src 'unsafe-inline'", "img-src data:", f"script-src 'sha256-{digest}'"),
+        *("base-uri 'none'", "form-action 'none'"),
+    ]
+
+
+def test_where_there_is_nothing_to_select_there_is_no_script() -> None:
+    text = render_page(make_result(["a", "b"], number=1))
+    assert Page(text).scripts == [] and "script-src" not in text
+    nothing_chosen = make_result(["a", "b"], number=1)
+    nothing_chosen.chosen = None
+    assert Page(render_page(nothing_chosen)).scripts == [SCRIPT]
+
+
+def test_without_its_script_the_page_shows_the_chosen_candidate() -> None:
+    text = render_page(make_result(["a", "b"]))
+    shown = re.findall(r'<div class="figures" data-candidate="(\d)" data-name="(\w+)"( hidden)?>', text)
+    assert shown == [("0", "k1", " hidden"), ("1", "k2", " hidden"), ("2", "k3", ""), ("3", "k4", " hidden")]
+    assert all(" hidden" in tag for tag in re.findall(r'<\w+ class="(?:muted hint|selection|tip)"[^>]*>', text))
+
+
+def test_every_candidate_has_its_marks() -> None:
+    text = render_page(make_result(["a", "b"], 60, 60))
+    assert len(text.encode()) < 1_000_000
+    marks = Counter(re.findall(r'<g class="mark" data-candidate="(\d+)">', text))
+    assert marks == {str(number): 2 + 4 + 1 for number in range(60)}  # by sharing, by speed and size, calibration
 
 
 def test_the_page_tells_where_it_all_came_from() -> None:

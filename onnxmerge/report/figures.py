@@ -52,6 +52,13 @@ def one_line(name: str) -> str:
     return "".join(c if _printable(c) else "\N{REPLACEMENT CHARACTER}" for c in spaced)
 
 
+def shortened(name: str, longest: int) -> str:
+    """`one_line(name)`, without its middle where it is longer: names often differ at their ends."""
+    name = one_line(name)
+    half = (longest - 3) // 2
+    return name if len(name) <= longest else f"{name[:half]}...{name[-half:]}"
+
+
 def _printable(character: str) -> bool:
     """Whether XML and UTF-8 take the character: no control character, surrogate or non-character."""
     return unicodedata.category(character) not in ("Cc", "Cs") and character not in "\ufffe\uffff"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from matplotlib.axes import Axes
 
-from onnxmerge.report.figures import one_line, percent, significant
+from onnxmerge.report.figures import one_line, percent, shortened, significant
 from onnxmerge.report.schema import LayerLinks, Result, TaskScore
 from onnxmerge.report.summary import ensemble_accuracy
 from onnxmerge.report.svg import GRID, INK, MUTED, SERIES, Plot, drawing, mark, narrow_panel, to_svg
@@ -140,6 +140,4 @@ def _draw_layer(axis: Axes, x: int, row: int, text: str, linked: bool) -> None:
 
 
 def _short(name: str) -> str:
-    name = one_line(name)
-    half = (_LONGEST_NAME - 3) // 2  # names of networks often differ at their ends
-    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
+    return shortened(name, _LONGEST_NAME)

@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from onnxmerge.report.figures import one_line
+from onnxmerge.report.figures import shortened
 from onnxmerge.report.schema import GatedSpace, Result
 from onnxmerge.report.summary import task_names
 from onnxmerge.report.svg import INK, MUTED, SERIES, Plot, drawing, panels, to_svg
 
+_LONGEST_NAME = 32
+"""Characters of a name, so that it fits above a panel."""
 _MOST = 12
 """Spaces that are drawn: more would be a wall of panels."""
 
@@ -31,11 +33,11 @@ def gates(result: Result) -> Plot | None:
                     "o",
                     color=SERIES[number % len(SERIES)],
                     markersize=3.0,
-                    label=one_line(task) if axis is axes[0] else None,
+                    label=shortened(task, _LONGEST_NAME) if axis is axes[0] else None,
                 )
             axis.axvline(len(space.kept) + 0.5, color=MUTED, linestyle="--", linewidth=1.0)
             axis.set_ylim(-0.05, 1.05)
-            axis.set_title(f"{one_line(space.name)}: {len(space.kept)} of {len(order)}", color=INK)
+            axis.set_title(f"{shortened(space.name, _LONGEST_NAME)}: {len(space.kept)} of {len(order)}", color=INK)
             axis.set_ylabel("P[open]")
         figure.legend(loc="outside lower center", ncols=len(tasks))
         svg = to_svg(figure)

@@ -5,7 +5,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from onnxmerge.report.figures import one_line
+from onnxmerge.report.figures import shortened
 from onnxmerge.report.schema import LayerMap, Result, StepRecord
 from onnxmerge.report.summary import task_names
 from onnxmerge.report.svg import INK, SERIES, Plot, drawing, panels, to_svg
@@ -40,8 +40,8 @@ def heat_map(result: Result) -> Plot | None:
         axis.set_ylim(rows, 0)
         axis.grid(False)
         first, second = task_names(result)
-        axis.set_ylabel(one_line(first))
-        axis.set_xlabel(one_line(second))
+        axis.set_ylabel(_short(first))
+        axis.set_xlabel(_short(second))
         figure.colorbar(mesh, ax=axis, label="linear CKA", pad=0.01, aspect=30).outline.set_visible(False)
         svg = to_svg(figure)
     caption = (
@@ -88,5 +88,4 @@ def _name(axis: Axes, down: list[StepRecord], across: list[StepRecord]) -> None:
 
 
 def _short(name: str) -> str:
-    name = one_line(name)
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+    return shortened(name, _LONGEST_NAME)

@@ -24,6 +24,7 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], right: 
     """
     scale = 72 / axis.figure.dpi
     centres = [scale * axis.transData.transform((x, y)) for x, y, _ in points]
+    edge = scale * axis.figure.bbox.width
     taken = [] if right else [(cx - POINT, cy - POINT, cx + POINT, cy + POINT) for cx, cy in centres]
     for (x, y, text), (cx, cy) in zip(points, centres, strict=True):
         wide = CHARACTER * len(text)
@@ -31,7 +32,7 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], right: 
             left = cx + dx - (wide if anchor == "right" else wide / 2 if anchor == "center" else 0)
             box = (left, cy + dy - LINE / 2, left + wide, cy + dy + LINE / 2)
             own = (cx - POINT, cy - POINT, cx + POINT, cy + POINT)
-            if any(_overlap(box, other) for other in taken if other != own):
+            if box[0] < 0 or box[2] > edge or any(_overlap(box, other) for other in taken if other != own):
                 continue
             note = axis.annotate(
                 text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=anchor, va="center", color=INK
@@ -39,6 +40,14 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], right: 
             note.set_in_layout(False)
             taken.append(box)
             break
+
+
+def room_at_the_right(axis: Axes, texts: Sequence[str]) -> None:
+    """Widen the axis so that the longest of `texts` fits to the right of its last point."""
+    wide = 2 * POINT + CHARACTER * max(map(len, texts), default=0)
+    share = wide / (72 * axis.figure.get_figwidth() - 2 * wide)
+    left, right = axis.get_xlim()
+    axis.set_xlim(left, max(right, axis.dataLim.x1 + share * (axis.dataLim.x1 - axis.dataLim.x0)))
 
 
 def _places(right: bool) -> list[tuple[float, float, str]]:

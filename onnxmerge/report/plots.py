@@ -10,14 +10,19 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from onnxmerge.report.figures import one_line, significant
+from onnxmerge.report.figures import shortened, significant
 from onnxmerge.report.fuse_plots import layer_links, quality_of_all
 from onnxmerge.report.gate_plots import gates
 from onnxmerge.report.heat_map import heat_map
-from onnxmerge.report.labels import label_points
+from onnxmerge.report.labels import label_points, room_at_the_right
 from onnxmerge.report.schema import Candidate, Result, TaskScore
 from onnxmerge.report.summary import has_stem, is_fused, original_bytes, task_names
 from onnxmerge.report.svg import BAND, INK, MUTED, SERIES, Plot, drawing, mark, narrow_panel, panels, to_svg
+
+_LONGEST_TITLE = 28
+"""Characters of a name above a panel, beside the original's figure."""
+_LONGEST_LABEL = 22
+"""Characters of a name beside a dot."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def similarity(result: Result) -> Plot | None:
         axis.set_ylim(lowest - 0.05, 1.05)
         axis.set_xlabel("stem unit (one mark for each layer inside it)")
         axis.set_ylabel("similarity")
-        figure.legend(loc="outside upper right", ncols=3)
+        figure.legend(loc="outside upper left", ncols=3)  # in sight where the plot is wider than the window
         svg = to_svg(figure)
     caption = (
         "Correlation is the mean over matched channels' pre-activations; the stroke is what alignment gained. "
@@ -150,11 +155,12 @@ def calibration(result: Result) -> Plot | None:
             )
         axis.set_xlabel("calibration step (0 is the closed form)")
         axis.set_ylabel("held-out loss")
-        axis.margins(x=0.06)
-        figure.draw_without_rendering()
         ends = [(c, c.losses[-1]) for c in _chosen_first(result) if len(c.losses) > 1]
         marks = [(step, loss, _mark(c, result)) for c, (step, loss) in ends if math.isfinite(loss)]
+        axis.margins(x=0.06)
         if not alone:
+            room_at_the_right(axis, [text for *_, text in marks])
+            figure.draw_without_rendering()
             label_points(axis, marks, right=True)
         svg = to_svg(figure)
     caption = (
@@ -228,7 +234,7 @@ def _draw_quality(
     middle = (max(levels) + min(levels)) / 2
     axis.set_ylim(middle - 0.55 * span, middle + 0.6 * span)
     axis.margins(x=0.08)
-    axis.set_title(one_line(quality.task))
+    axis.set_title(shortened(quality.task, _LONGEST_TITLE))
     axis.set_ylabel(quality.label)
 
 
@@ -252,7 +258,7 @@ def _shares(result: Result) -> bool:
 
 
 def _mark(candidate: Candidate, result: Result) -> str:
-    return str(candidate.share) if _shares(result) else one_line(candidate.name)
+    return str(candidate.share) if _shares(result) else shortened(candidate.name, _LONGEST_LABEL)
 
 
 def _shade(number: int, total: int) -> str:
