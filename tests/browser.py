@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-TALL = 16_000
-"""Height of the window in pixels: all pages below each other, so that all of them are in the picture."""
+TALL = 9_000
+"""Height of the window in pixels: whole pages are in the picture, side by side."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,14 @@ def look(
         dark: whether the reader prefers dark pages.
         select: number of the candidate that is selected for a while.
     """
-    columns = [
-        "".join(
-            f'<iframe name="{name} {width}" width="{width}" data-select="{select}" '
-            f'srcdoc="{html.escape(page)}"></iframe>'
-            for name, page in pages.items()
-        )
+    frames = "".join(
+        f'<iframe name="{name} {width}" width="{width}" data-select="{select}" srcdoc="{html.escape(page)}"></iframe>'
         for width in widths
-    ]
-    frames = "".join(f"<div>{column}</div>" for column in columns)
+        for name, page in pages.items()
+    )
     script = (Path(__file__).parent / "browser.js").read_text(encoding="utf-8")
     style = (
-        "body { margin: 0; display: flex; align-items: start } iframe { display: block; border: 0 } "
+        "body { margin: 0; display: flex; align-items: start } iframe { flex: none; border: 0 } "
         "#findings { display: none }"
     )
     (folder / "pages.html").write_text(
@@ -80,7 +76,7 @@ def look(
     )
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     command += ["--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={sum(widths)},{TALL}"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={len(pages) * sum(widths)},{TALL}"]
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=20000"]
     command += ["--dump-dom", f"--screenshot={folder / 'pages.png'}", (folder / "pages.html").as_uri()]
     ran = subprocess.run(

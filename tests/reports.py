@@ -144,7 +144,7 @@ SCRIPT = (Path(onnxmerge.report.__file__).parent / "page.js").read_text(encoding
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: tags, attributes, tables as rows of cell texts, scripts, and all other text."""
+    """What a browser would make of the page: tags, attributes, tables as rows of cell texts, scripts, other text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,14 +1,18 @@
 """The page in a real browser, light and dark, wide and as narrow as a phone: what is seen, and what a pointer does."""
 
+import base64
+import hashlib
+from pathlib import Path
+
 import pytest
 from browser import Seen, find_browser, look
-from reports import bench_result, make_result
+from reports import SCRIPT, bench_result, make_result
 from test_report_fuse import fused
 
 from onnxmerge.report.page import render_page
 
 BROWSER = find_browser()
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH")]
 
 WIDTHS = (1280, 390)
 SELECTED = 1
@@ -48,11 +52,11 @@ def seen(request: pytest.FixtureRequest, pages: dict[str, str], tmp_path_factory
     return found
 
 
-def problems(seen: Seen, name: str, width: int) -> dict[str, list[str]]:
+def problems(seen: Seen, name: str, width: int, kind: str) -> dict[str, list[str]]:
     """What is wrong with a page, by what it is that is wrong."""
     page = seen.pages[name, width]
     found = {
-        "missing": [h for h in HEADINGS[name] if h not in [part["heading"] for part in page["parts"]]],
+        "missing": [h for h in HEADINGS[kind] if h not in [part["heading"] for part in page["parts"]]],
         "empty": [part["heading"] for part in page["parts"] if seen.is_empty((name, width), part["box"])],
         "wide": page["wide"],
         "covered": page["texts"]["covered"],
@@ -60,7 +64,7 @@ def problems(seen: Seen, name: str, width: int) -> dict[str, list[str]]:
         "overlapping": page["labels"]["overlapping"],
         "cut": page["labels"]["cut"],
         "fetched": page["fetched"],
-        "behaviour": misbehaviour(page["seen"], *NAMES[name]),
+        "behaviour": misbehaviour(page["seen"], *NAMES[kind]),
     }
     return {what: where for what, where in found.items() if where}
 
@@ -73,8 +77,9 @@ def misbehaviour(seen: dict, chosen: str | None, selected: str) -> list[str]:
         return state["figures"] == heading and not (state["rows"] or state["marks"] or state["bar"] or state["tip"])
 
     def selects(state: dict) -> bool:
-        (heading,) = state["figures"]
-        told = heading.split(",")[0] == selected and state["bar"].startswith(f"{selected} is selected.")
+        told = [heading.split(",")[0] for heading in state["figures"]] == [selected] and state["bar"].startswith(
+            f"{selected} is selected."
+        )
         rows = len(state["rows"]) >= 1 and set(state["rows"]) == {selected}
         return told and rows and bool(state["values"]) and state["values"] != seen["begin"]["values"]
 
@@ -103,7 +108,59 @@ def misbehaviour(seen: dict, chosen: str | None, selected: str) -> list[str]:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", HEADINGS)
 def test_the_page_is_whole_legible_and_answers_to_pointer_and_keys(seen: Seen, name: str, width: int) -> None:
-    assert problems(seen, name, width) == {}
+    assert problems(seen, name, width, name) == {}
     page = seen.pages[name, width]
     assert page["texts"]["number"] > 100  # texts were measured, and labels, where there are plots
     assert (page["labels"]["number"] > 10) == (name != "bench")
+
+
+STYLED = {
+    "empty": "figure svg { visibility: hidden }",
+    "wide": "main { min-width: 3000px }",
+    "covered": ".tiles { position: relative; top: -40px }",
+    "pale": ":root { --muted: #a0a8b0 !important }",
+    "overlapping": "figure svg text { font-size: 30px !important }",
+    "cut": "figure svg text { transform: translateX(60px) }",
+}
+"""Styles that spoil a page, by the problem that they make."""
+SCRIPTED = {
+    "pointed": ('addEventListener("pointermove"', 'addEventListener("none"'),
+    "left": ('addEventListener("pointerdown"', 'addEventListener("none"'),
+    "clicked": ("if (dot !== null) {\n        select(", "if (dot !== null) {\n        Number("),
+    "focused": ('addEventListener("focus"', 'addEventListener("none"'),
+    "entered": ('event.key === "Enter"', 'event.key === "F1"'),
+    "escaped": ('event.key === "Escape"', 'event.key === "F1"'),
+    "row": ('row.addEventListener("click"', 'row.addEventListener("none"'),
+    "back": ("() => select(chosen)", "() => select(0)"),
+}
+"""Faults of the script, by the step that shows them."""
+
+
+def test_a_spoilt_page_is_found_out(tmp_path: Path) -> None:
+    good = render_page(fused())
+
+    def spoilt(old: str, new: str) -> str:
+        assert old in good
+        return good.replace(old, new)
+
+    def scripted(script: str) -> str:
+        return good.replace(SCRIPT, script).replace(digest(SCRIPT), digest(script))
+
+    def digest(script: str) -> str:
+        return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+    pages = {what: spoilt("</style>", f"{style}</style>") for what, style in STYLED.items()}
+    pages["missing"] = spoilt("<h2>Files</h2>", "")
+    pages["fetched"] = spoilt("img-src data:", "img-src *").replace("</main>", '<img src="http://a.invalid/b"></main>')
+    for step, (old, new) in SCRIPTED.items():
+        assert old in SCRIPT
+        pages[step] = scripted(SCRIPT.replace(old, new))
+    pages["at-all"] = spoilt("const REACH = 24;", "const REACH = 25;")  # not the script that the policy lets run
+    assert BROWSER is not None
+    seen = look(BROWSER, pages, tmp_path, widths=(390,), dark=False, select=SELECTED)
+    found = {name: problems(seen, name, 390, "fuse") for name in pages}
+    for what in (*STYLED, "missing", "fetched"):
+        assert what in found[what]
+    for step in SCRIPTED:
+        assert step in found[step]["behaviour"]
+    assert {"pointed", "clicked", "entered", "row", "row, by keyboard"} <= set(found["at-all"]["behaviour"])
