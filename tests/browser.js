@@ -184,10 +184,14 @@ function behaviour(page, number) {
     page.querySelector(".tip").style.pointerEvents = "auto";
     seen.pointedTexts = texts(page).pale;
     page.querySelector(".tip").style.pointerEvents = "";
+    const strayed = () => Math.hypot(middle(dot)[0] - x, middle(dot)[1] - y);
+    seen.strayed = [strayed()];
     at(1, 1, "pointerdown", view.PointerEvent);
     seen.left = state(page);
     at(x, y, "click", view.MouseEvent);
     seen.clicked = state(page);
+    at(1, 1, "pointerdown", view.PointerEvent);
+    seen.strayed.push(strayed());
     back();
     seen.back = state(page);
     const marks = [...dot.closest("svg").querySelectorAll(".mark")];

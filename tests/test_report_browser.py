@@ -93,6 +93,7 @@ def misbehaviour(seen: dict, chosen: str | None, selected: str) -> list[str]:
         tip = seen["pointed"]["tip"]
         told = tip.startswith(selected) and all(value in tip for value in seen["clicked"]["values"])
         checks |= {
+            "in its place": max(seen["strayed"]) < 1,
             "pointed": told and at_rest(seen["pointed"] | {"tip": ""}),
             "tip": not seen["pointedWide"] and not seen["pointedTexts"],
             "left": at_rest(seen["left"]),
@@ -124,6 +125,7 @@ STYLED = {
 }
 """Styles that spoil a page, by the problem that they make."""
 SCRIPTED = {
+    "in its place": ("dot.style.transformOrigin", "dot.dataset.origin"),
     "pointed": ('addEventListener("pointermove"', 'addEventListener("none"'),
     "left": ('addEventListener("pointerdown"', 'addEventListener("none"'),
     "clicked": ("if (dot !== null) {\n        select(", "if (dot !== null) {\n        Number("),
@@ -154,7 +156,7 @@ def test_a_spoilt_page_is_found_out(tmp_path: Path) -> None:
     pages["fetched"] = spoilt("img-src data:", "img-src *").replace("</main>", '<img src="http://a.invalid/b"></main>')
     for step, (old, new) in SCRIPTED.items():
         assert old in SCRIPT
-        pages[step] = scripted(SCRIPT.replace(old, new))
+        pages[step.replace(" ", "-")] = scripted(SCRIPT.replace(old, new))
     pages["at-all"] = spoilt("const REACH = 24;", "const REACH = 25;")  # not the script that the policy lets run
     assert BROWSER is not None
     seen = look(BROWSER, pages, tmp_path, widths=(390,), dark=False, select=SELECTED)
@@ -162,5 +164,5 @@ def test_a_spoilt_page_is_found_out(tmp_path: Path) -> None:
     for what in (*STYLED, "missing", "fetched"):
         assert what in found[what]
     for step in SCRIPTED:
-        assert step in found[step]["behaviour"]
+        assert step in found[step.replace(" ", "-")]["behaviour"]
     assert {"pointed", "clicked", "entered", "row", "row, by keyboard"} <= set(found["at-all"]["behaviour"])

@@ -85,6 +85,9 @@
     for (const panel of new Set(marks.map((mark) => mark.parentNode))) {
       oneStop(marks.filter((mark) => mark.parentNode === panel));
     }
+    for (const dot of plot.querySelectorAll(".mark use")) {
+      dot.style.transformOrigin = `${dot.getAttribute("x")}px ${dot.getAttribute("y")}px`; // it grows in its place
+    }
     for (const mark of marks) {
       mark.setAttribute("role", "button");
       mark.setAttribute("aria-label", figures[numberOf(mark)].dataset.name);
