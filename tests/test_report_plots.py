@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from reports import make_result
 
+from onnxmerge.report.heat_map import legible_on
 from onnxmerge.report.page import render_page
 from onnxmerge.report.plots import calibration, plots, quality_by_share, similarity, trade_off
 from onnxmerge.report.schema import (
@@ -60,6 +61,14 @@ def test_the_plotted_quality_is_the_best_figure_there_is() -> None:
     plot = quality_by_share(result)
     assert plot is not None
     assert "relative error" in plot.svg
+
+
+def test_figures_on_the_heat_map_are_legible() -> None:
+    # Black and white have the same contrast to the grey of luminance sqrt(0.05 * 1.05) - 0.05, which is 0.4605 in sRGB.
+    assert [legible_on((grey, grey, grey)) for grey in (0.0, 0.45, 0.459)] == ["#ffffff"] * 3
+    assert [legible_on((grey, grey, grey)) for grey in (0.462, 0.5, 1.0)] == ["#000000"] * 3
+    assert legible_on((0.0, 1.0, 0.0)) == "#000000"
+    assert legible_on((0.0, 0.0, 1.0)) == "#ffffff"
 
 
 def test_a_plot_without_figures_is_left_out() -> None:

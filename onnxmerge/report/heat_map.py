@@ -53,8 +53,6 @@ def heat_map(result: Result) -> Plot | None:
 
 def _write_figures(axis: Axes, similarity: np.ndarray, allowed: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(similarity):
-        red, green, blue, _ = colormaps[_COLORS](value)
-        color = _DARK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else _LIGHT
         axis.text(
             column + 0.5,
             row + 0.5,
@@ -62,8 +60,15 @@ def _write_figures(axis: Axes, similarity: np.ndarray, allowed: np.ndarray) -> N
             ha="center",
             va="center",
             size=8.0,
-            color=color if allowed[row, column] else INK,
+            color=legible_on(colormaps[_COLORS](value)[:3]) if allowed[row, column] else INK,
         )
+
+
+def legible_on(color: tuple[float, float, float]) -> str:
+    """Black or white, whichever has more contrast (WCAG 2) to an sRGB colour with parts in 0..1: at least 4.5:1."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color]
+    luminance = float(np.dot((0.2126, 0.7152, 0.0722), linear))
+    return _DARK if (luminance + 0.05) ** 2 > 0.05 * 1.05 else _LIGHT
 
 
 def _draw_map(axis: Axes, found: LayerMap) -> None:
