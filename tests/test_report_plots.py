@@ -71,6 +71,18 @@ def test_figures_on_the_heat_map_are_legible() -> None:
     assert legible_on((0.0, 0.0, 1.0)) == "#ffffff"
 
 
+def test_long_names_are_shortened_and_have_room() -> None:
+    result = make_result(["a_task_with_a_name_as_long_as_this_one"], number=3)
+    for candidate in result.candidates:
+        candidate.name, candidate.share = f"a-name-that-is-much-too-long-{candidate.name}", 1
+    result.chosen = result.candidates[0].name
+    trade, curves = trade_off(result), calibration(result)
+    assert trade is not None and curves is not None
+    assert ">a_task_with_..._as_this_one<" in trade.svg
+    for number in (1, 2, 3):
+        assert f">a-name-th...o-long-k{number}<" in curves.svg  # what has no room is left out
+
+
 def test_a_plot_without_figures_is_left_out() -> None:
     result = make_result(["a"])
     result.similarity = []

@@ -45,7 +45,7 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str]], right: 
 def room_at_the_right(axis: Axes, texts: Sequence[str]) -> None:
     """Widen the axis so that the longest of `texts` fits to the right of its last point."""
     wide = 2 * POINT + CHARACTER * max(map(len, texts), default=0)
-    share = wide / (72 * axis.figure.get_figwidth() - 2 * wide)
+    share = wide / (72 / axis.figure.dpi * axis.figure.bbox.width - 2 * wide)
     left, right = axis.get_xlim()
     axis.set_xlim(left, max(right, axis.dataLim.x1 + share * (axis.dataLim.x1 - axis.dataLim.x0)))
 
