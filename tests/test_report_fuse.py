@@ -153,12 +153,16 @@ def test_the_page_shows_each_original_in_the_tables() -> None:
 
 def test_the_plots_are_drawn_for_what_there_is() -> None:
     drawn = plots(fused())
-    assert [plot.title for plot in drawn] == ["Accuracy", "Layer map of shallow", "Calibration"]
+    assert [plot.title for plot in drawn] == ["Accuracy", "What it costs to run", "Layer map of shallow", "Calibration"]
     for name, figure in {**ORIGINALS, "ensemble": ENSEMBLE, **CANDIDATES}.items():
         assert name in texts(drawn[0].svg)
         assert f"{100 * figure:.1f}" in texts(drawn[0].svg)
     without = plots(fused(labels=False, steps=0))
-    assert [plot.title for plot in without] == ["Agreement with the ensemble", "Layer map of shallow"]
+    assert [plot.title for plot in without] == [
+        "Agreement with the ensemble",
+        "What it costs to run",
+        "Layer map of shallow",
+    ]
     assert "ensemble" not in texts(without[0].svg)
     without = plots(fused(labels=False, classes=False, steps=0))
     assert without[0].title == "Distance from the ensemble"

@@ -131,7 +131,7 @@ def test_any_task_name_stays_text(tasks: list[str]) -> None:
     for task in tasks:
         assert one_line(task) in page.text
     drawn = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawn) == 4
+    assert len(drawn) == 5
     for svg in drawn:
         ElementTree.fromstring(svg)  # well-formed, whatever the names
     printed(result, 100)

@@ -9,12 +9,11 @@ from xml.etree import ElementTree
 import pytest
 from reports import make_result
 
+from onnxmerge.report.cost_bars import cost
 from onnxmerge.report.heat_map import legible_on
 from onnxmerge.report.page import render_page
 from onnxmerge.report.plots import calibration, plots, quality_by_share, similarity, trade_off
-from onnxmerge.report.schema import (
-    TaskScore,
-)
+from onnxmerge.report.schema import LatencyRecord, MemoryRecord, TaskScore
 
 
 def test_plots_are_deterministic_to_the_byte() -> None:
@@ -40,6 +39,7 @@ def test_every_plot_is_drawn_for_few_and_many_candidates(number: int, tasks: int
     assert [plot.title for plot in drawn] == [
         "Quality against sharing",
         "Quality against speed and size",
+        "What it costs to run",
         "How alike the originals are",
         "Calibration",
     ]
@@ -83,13 +83,33 @@ def test_long_names_are_shortened_and_have_room() -> None:
         assert f">a-name-th...o-long-k{number}<" in curves.svg  # what has no room is left out
 
 
+def test_costs_are_those_of_the_originals_and_of_the_chosen_one_among_others() -> None:
+    result = make_result(["a", "b"], 60, units=60)
+    result.chosen = "k2"
+    plot = cost(result)
+    assert plot is not None and plot.caption.startswith("Less is better. Grey are the originals")
+    texts = [element.text for element in ElementTree.fromstring(plot.svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"latency, ms", "memory, MB", "file size, MB", "9.40", "6.20", "17.9", "k1", "k2", "k60"} <= set(texts)
+    assert len({text for text in texts if text and text[0] == "k"}) == 16
+    for candidate in result.candidates:
+        candidate.latency_ms, candidate.memory_mb = LatencyRecord(merged=1.5), MemoryRecord()
+    plot = cost(result)
+    assert plot is not None
+    assert "memory, MB" not in plot.svg and "originals, defaults" not in plot.svg
+    result.inputs = []
+    plot = cost(result)
+    assert plot is not None and plot.caption == "Less is better."
+
+
 def test_a_plot_without_figures_is_left_out() -> None:
     result = make_result(["a"])
     result.similarity = []
     for candidate in result.candidates:
         candidate.losses = []
         candidate.tasks = {"a": TaskScore()}
-    assert [quality_by_share(result), trade_off(result), similarity(result), calibration(result)] == [None] * 4
+        candidate.latency_ms, candidate.memory_mb = LatencyRecord(), MemoryRecord()
+    drawn = [quality_by_share(result), trade_off(result), cost(result), similarity(result), calibration(result)]
+    assert drawn == [None] * 5
 
 
 def test_a_diverged_calibration_is_drawn() -> None:
@@ -98,7 +118,7 @@ def test_a_diverged_calibration_is_drawn() -> None:
     result.similarity[0].correlation = math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(plots(result)) == 4
+        assert len(plots(result)) == 5
 
 
 def test_plots_leave_the_users_matplotlib_settings_alone() -> None:

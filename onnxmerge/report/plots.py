@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from onnxmerge.report.cost_bars import cost
 from onnxmerge.report.figures import shortened, significant
 from onnxmerge.report.fuse_plots import layer_links, quality_of_all
 from onnxmerge.report.gate_plots import gates
@@ -39,10 +40,10 @@ class _Quality:
 def plots(result: Result) -> list[Plot]:
     """All plots the result has figures for."""
     if is_fused(result):
-        drawn = [quality_of_all(result), *layer_links(result), calibration(result), gates(result)]
+        drawn = [quality_of_all(result), cost(result), *layer_links(result), calibration(result), gates(result)]
         return [plot for plot in drawn if plot is not None]
-    drawn = [quality_by_share(result), trade_off(result), similarity(result), calibration(result), heat_map(result)]
-    drawn.append(gates(result))
+    drawn = [quality_by_share(result), trade_off(result), cost(result), similarity(result), calibration(result)]
+    drawn += [heat_map(result), gates(result)]
     return [plot for plot in drawn if plot is not None]
 
 

@@ -100,6 +100,12 @@ def panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, axes[:number]
 
 
+def row_of_panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the page with `number` panels beside each other, `height` inches high."""
+    figure = Figure(figsize=(10.4, height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08))
+    return figure, figure.subplots(1, number, squeeze=False).ravel().tolist()
+
+
 def narrow_panel(height: float) -> tuple[Figure, Axes]:
     """A figure for half the page's width, `height` inches high."""
     figure = Figure(figsize=(4.4, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
