@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxmerge.calibration.settings import Settings
     from onnxmerge.methods.align import align_models
     from onnxmerge.methods.apply import apply_model
+    from onnxmerge.methods.bench import bench_models
     from onnxmerge.methods.bounds import Bounds
     from onnxmerge.methods.calibrate import calibrate_model
     from onnxmerge.methods.extract import extract_task
@@ -40,6 +41,7 @@ _HOMES = {
     "ZipSettings": "onnxmerge.methods.zip.settings",
     "align_models": "onnxmerge.methods.align",
     "apply_model": "onnxmerge.methods.apply",
+    "bench_models": "onnxmerge.methods.bench",
     "calibrate_model": "onnxmerge.methods.calibrate",
     "extract_task": "onnxmerge.methods.extract",
     "fuse_models": "onnxmerge.methods.fuse.fuse",
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "align_models",
     "apply_model",
+    "bench_models",
     "calibrate_model",
     "extract_task",
     "fuse_models",
