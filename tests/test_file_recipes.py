@@ -118,7 +118,12 @@ def test_inspect_shows_the_recipe_as_run_reads_it(here: Path) -> None:
     assert told("a.onnx")["recipe"] is None and "recipe" not in onnxmerge("inspect", "a.onnx")[1]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[1]", '[{"command": "zip"}]', '"text"', "null"])
+NONE = ("", "[]", "{", "[1]", '[{"command": "zip"}]', '"text"', "null", '{"steps": []}')
+WRONG = ({"command": 1}, {"options": []}, {"files": ["a.onnx"]}, {"versions": None}, {"files": {"a.onnx": 3}})
+STEP = {"command": "pack", "options": {}, "files": {}, "versions": {}}
+
+
+@pytest.mark.parametrize("text", [*NONE, *(json.dumps([STEP, STEP | wrong]) for wrong in WRONG)])
 def test_a_recipe_that_is_none_is_passed_over(text: str, here: Path) -> None:
     model = onnx.load("a.onnx")
     onnx.helper.set_model_props(model, {"onnxmerge.recipe": text, "onnxmerge.tasks": text})
@@ -126,6 +131,13 @@ def test_a_recipe_that_is_none_is_passed_over(text: str, here: Path) -> None:
     assert told("odd.onnx")["recipe"] is None
     assert onnxmerge("apply", "odd.onnx", "-o", "more.onnx", "--pass", "EnsureBiases")[0] == 0
     assert len(told("more.onnx")["made_by"]) == 1
+
+
+def test_steps_that_read_nothing_are_shown(here: Path) -> None:
+    model = onnx.load("a.onnx")
+    onnx.helper.set_model_props(model, {"onnxmerge.recipe": json.dumps([STEP, STEP])})
+    onnx.save(model, "odd.onnx")
+    assert len(told("odd.onnx")["recipe"]["steps"]) == 2
 
 
 def test_what_a_file_tells_cannot_write_on_the_terminal(here: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from onnxmerge.report.provenance import library_versions, sha256
 
@@ -33,6 +34,9 @@ class Made:
     options: Mapping[str, Any]
     files: Mapping[str, str]
     versions: Mapping[str, str]
+
+
+_STEPS = TypeAdapter(list[Made])
 
 
 def step_of(command: str, reads: Iterable[str | os.PathLike[str]], options: Mapping[str, Any]) -> Made:
@@ -67,8 +71,8 @@ def with_steps(metadata: Mapping[str, str], *steps: Made) -> dict[str, str]:
 def history(metadata: Mapping[str, str]) -> list[Made]:
     """The steps that made a file, in order; none where its metadata tell of none."""
     try:
-        return [Made(**step) for step in json.loads(metadata[RECIPE])]
-    except (KeyError, TypeError, ValueError):
+        return _STEPS.validate_json(metadata[RECIPE])
+    except (KeyError, ValidationError):
         return []
 
 
@@ -79,7 +83,7 @@ def as_recipe(steps: Sequence[Made], output: str | os.PathLike[str]) -> dict[str
         steps: in order.
         output: the file that the last step made.
     """
-    files = [*(next(iter(step.files)) for step in steps[1:]), output]
+    files = [*(next(iter(step.files), "") for step in steps[1:]), output]
     return {"steps": [{step.command: _placed(step, file)} for step, file in zip(steps, files, strict=True)]}
 
 
