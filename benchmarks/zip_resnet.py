@@ -2,6 +2,7 @@
 
 python benchmarks/zip_resnet.py sequence --steps 100     the full sequence k = 0..10, with latency
 python benchmarks/zip_resnet.py three --steps 0 1000     conv1 and 3 of 9 blocks shared; six: 6 of 9
+python benchmarks/zip_resnet.py goal --steps 6000        5 of 9, from 200 000 mirrored and moved images, with latency
 python benchmarks/zip_resnet.py yardstick                how much independent networks agree
 """
 
@@ -12,7 +13,7 @@ import markdown
 import numpy as np
 import onnx_ir as oir
 import torch
-from datasets import CACHE, SHARED, cifar
+from datasets import CACHE, SHARED, cifar, moved_cifar
 
 import onnxmerge
 from onnxmerge.calibration.module import GraphModule
@@ -21,13 +22,17 @@ from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.runtime.session import open_session, run
 
 TEN, HUNDRED = "resnet20_cifar10", "resnet20_cifar100"
+SHARES = {"sequence": "auto", "three": "4", "six": "7", "goal": "6"}
 MODELS = [SHARED / "models" / f"{name}.onnx" for name in (TEN, HUNDRED)]
 
 
-def zipped(share: str, steps: int, seed: int, start: Start, folder: str, *, measure: bool) -> Result:
-    images, labelled = cifar(labels=False), cifar(labels=True)
+def zipped(
+    share: str, steps: int, seed: int, start: Start, folder: str, *, measure: bool, moved: bool = False
+) -> Result:
+    images, labelled = (moved_cifar(),) * 2 if moved else (cifar(labels=False), cifar(labels=True))
+    samples = 8000 if moved else 2000
     settings = onnxmerge.ZipSettings(
-        share=share, steps=steps, seed=seed, measure=measure, start=(start,), max_drop=None
+        share=share, steps=steps, seed=seed, measure=measure, start=(start,), max_drop=None, samples=samples
     )
     # the CIFAR-10 network reads the same images with labels, so that its accuracy is known; no step trains with them
     return onnxmerge.zip_models(
@@ -95,7 +100,7 @@ def yardstick() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["sequence", "three", "six", "yardstick"])
+    parser.add_argument("what", choices=["sequence", "three", "six", "goal", "yardstick"])
     parser.add_argument("--steps", type=int, nargs="+", default=[0])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--start", type=Start, choices=list(Start), default=Start.SUBSPACE)
@@ -103,12 +108,13 @@ def main() -> None:
     if options.what == "yardstick":
         yardstick()
         return
-    share, measure = {"sequence": "auto", "three": "4", "six": "7"}[options.what], options.what == "sequence"
+    share, measure = SHARES[options.what], options.what in ("sequence", "goal")
     rows = []
     for steps in options.steps:
         for seed in range(options.seeds):
             folder = f"resnet-{options.start}-{options.what}-{steps}-{seed}"
-            result = zipped(share, steps, seed, options.start, folder, measure=measure)
+            goal = options.what == "goal"
+            result = zipped(share, steps, seed, options.start, folder, measure=measure, moved=goal)
             rows += [[seed, *row(candidate)] for candidate in result.candidates]
             print(markdown.table(["seed", *HEADER], rows), flush=True)
 
