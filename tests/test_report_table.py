@@ -8,6 +8,7 @@ from rich.console import Console
 
 from onnxmerge.report.columns import columns
 from onnxmerge.report.figures import count, megabytes, one_line, points, significant
+from onnxmerge.report.page import render_page
 from onnxmerge.report.schema import (
     LatencyRecord,
 )
@@ -100,3 +101,12 @@ def test_headline_without_labels_latency_or_choice() -> None:
     assert headline(result).startswith("None of the 4 candidates stayed within the allowed drop; the mildest is k1,")
     result.candidates = []
     assert headline(result) == "No candidate was made."
+
+
+def test_memory_on_a_gpu_has_a_column_where_it_was_measured() -> None:
+    result = make_result(["a", "b"])
+    assert "GPU" not in render_page(result).partition("Hardware")[0]
+    for number, candidate in enumerate(result.candidates):
+        candidate.memory_mb.device_merged, candidate.memory_mb.device_separate = 301.0 + number, 655.0
+    page = render_page(result)
+    assert "on the GPU, MB" in page and "303" in page and "655" in page

@@ -429,4 +429,7 @@ def test_cuda_computes_the_same():
 def test_cuda_latency():
     models = [real("resnet8_cifar10.onnx"), real("resnet8_cifar100.onnx")]
     feeds = random_feeds(open_session(models[0]))
-    check_latency(latency(models[0], models, feeds, [feeds, feeds], providers=["cuda"], runs=20, min_seconds=0))
+    found = latency(models[0], models, feeds, [feeds, feeds], providers=["cuda"], runs=20, min_seconds=0)
+    check_latency(found)
+    assert found.cuda_graphs
+    assert (measure_memory(models, [feeds, feeds], providers=["cuda"]).device_mb or 0) > 0

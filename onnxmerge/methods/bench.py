@@ -10,7 +10,7 @@ from onnxmerge.ir.layers import parameter_count
 from onnxmerge.ir.load import read
 from onnxmerge.ir.save import stored_bytes
 from onnxmerge.methods.bounds import Bounds, size_checks, speed_checks, timed
-from onnxmerge.methods.measure import nodes_note, unreliable_note
+from onnxmerge.methods.measure import graph_note, memory_record, nodes_note, unreliable_note
 from onnxmerge.methods.timing import Timed, Timer
 from onnxmerge.report.provenance import hardware, library_versions, sha256
 from onnxmerge.report.recipe import recipe_of_call
@@ -20,10 +20,9 @@ from onnxmerge.report.schema import (
     Candidate,
     InputRecord,
     LatencyRecord,
-    MemoryRecord,
     Result,
 )
-from onnxmerge.runtime.memory import measure_memory
+from onnxmerge.runtime.memory import Memory, measure_memory
 from onnxmerge.runtime.session import node_providers
 from onnxmerge.scratch import scratch
 
@@ -65,7 +64,7 @@ def bench_models(
         raise UsageError("a least speed-up is over originals, and none was named with --against")
     checks: list[BoundCheck] = []
     candidates = []
-    separate: dict[int, float | None] = {}
+    separate: dict[int, Memory | None] = {}
     with scratch() as folder:
         timer = Timer(originals, folder, providers, threads, seed, runs)
         sizes = {path: timer.sizes(path, batches) for path in paths}
@@ -81,11 +80,14 @@ def bench_models(
             least = sizes[path][0]
             if originals and least not in separate:
                 separate[least] = _memory(originals, least, timer)
-            candidate.memory_mb = MemoryRecord(merged=_memory([path], least, timer), separate=separate.get(least))
+            candidate.memory_mb = memory_record(_memory([path], least, timer), separate.get(least))
             candidate.name = path.stem if [p.stem for p in paths].count(path.stem) == 1 else str(path)
             candidate.seconds = time.perf_counter() - begun
             candidates.append(candidate)
             timer.notes.append(nodes_note(path, candidate.nodes))
+            timer.notes += [
+                note for n, own in found.items() for note in graph_note(path, own.cuda_graphs, _at(n, found))
+            ]
             timer.notes += [unreliable_note(path, _at(n, found)) for n, own in found.items() if not own.reliable]
             for size, measured in found.items():
                 speed = speed_checks(str(path), measured.latency.speedup, bounds, _at(size, found))
@@ -135,10 +137,9 @@ def _candidate(path: Path, batches: list[BatchLatency], timer: Timer) -> Candida
     )
 
 
-def _memory(paths: Sequence[Path], batch: int, timer: Timer) -> float | None:
+def _memory(paths: Sequence[Path], batch: int, timer: Timer) -> Memory | None:
     feeds = [timer.feeds(path, batch) for path in paths]
-    found = measure_memory(paths, feeds, providers=timer.providers, threads=timer.threads)
-    return None if found is None else found.unique_mb
+    return measure_memory(paths, feeds, providers=timer.providers, threads=timer.threads)
 
 
 def _input(path: Path) -> InputRecord:

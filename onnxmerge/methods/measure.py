@@ -13,7 +13,7 @@ from onnxmerge.methods.tolerance import Gap, Tolerance
 from onnxmerge.report.schema import LatencyRecord, MemoryRecord, TaskScore
 from onnxmerge.runtime.activations import BATCH, CPU, Stored, store
 from onnxmerge.runtime.latency import latency
-from onnxmerge.runtime.memory import measure_memory
+from onnxmerge.runtime.memory import Memory, measure_memory
 from onnxmerge.runtime.session import fixed_batch, node_providers, open_session
 
 
@@ -103,7 +103,7 @@ class Bench:
         self.paths = [task.path for task in tasks]
         self.threads = threads
         self.providers = providers
-        self._separate_memory: float | None = None
+        self._separate_memory: Memory | None = None
         first = [next(task.data.held_out.batches(1)).inputs for task in tasks]
         self.separate_feeds: list[dict[str, np.ndarray]] = first
         self.feeds = {
@@ -136,9 +136,20 @@ class Bench:
         """Unique set size of the merged model and of all originals together, each in a fresh process."""
         merged = measure_memory([path], [self.feeds], providers=self.providers, threads=self.threads)
         if self._separate_memory is None:
-            separate = measure_memory(self.paths, self.separate_feeds, providers=self.providers, threads=self.threads)
-            self._separate_memory = None if separate is None else separate.unique_mb
-        return MemoryRecord(merged=None if merged is None else merged.unique_mb, separate=self._separate_memory)
+            self._separate_memory = measure_memory(
+                self.paths, self.separate_feeds, providers=self.providers, threads=self.threads
+            )
+        return memory_record(merged, self._separate_memory)
+
+
+def memory_record(merged: Memory | None, separate: Memory | None) -> MemoryRecord:
+    """What the merged model and all originals together take, as far as it was measured."""
+    return MemoryRecord(
+        merged=None if merged is None else merged.unique_mb,
+        separate=None if separate is None else separate.unique_mb,
+        device_merged=None if merged is None else merged.device_mb,
+        device_separate=None if separate is None else separate.device_mb,
+    )
 
 
 def nodes_note(path: Path, nodes: Mapping[str, Mapping[str, int]]) -> str:
@@ -148,6 +159,18 @@ def nodes_note(path: Path, nodes: Mapping[str, Mapping[str, int]]) -> str:
         named = f" ({', '.join(operators)})" if number else ""
         parts.append(f"{sum(operators.values())} nodes on {provider}{named}")
     return f"{path.name}: {', '.join(parts)}."
+
+
+def graph_note(path: Path, cuda_graphs: bool | None, at: str = "") -> list[str]:
+    """How a GPU was timed, in a sentence; none on the CPU."""
+    if cuda_graphs is None:
+        return []
+    if cuda_graphs:
+        return [f"{path.name}{at and f' at {at}'} and what it is compared with were timed as CUDA graphs."]
+    return [
+        f"{path.name}{at and f' at {at}'}, or a model that it is compared with, cannot be a CUDA graph: the times hold "
+        "the host's launching of kernels."
+    ]
 
 
 def unreliable_note(path: Path, at: str = "") -> str:

@@ -16,7 +16,8 @@ from onnxmerge.methods.pack.packing import unshared_graph
 from onnxmerge.methods.task import task_names
 from onnxmerge.report.schema import BatchLatency, Timing
 from onnxmerge.runtime.latency import Latency, latency, measure_latency
-from onnxmerge.runtime.session import fixed_batch, open_session, prepare_run, random_feeds, run
+from onnxmerge.runtime.session import fixed_batch, open_session, random_feeds, run
+from onnxmerge.runtime.timed_run import TimedRun, timed_run
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,11 +30,13 @@ FEWEST = 20
 
 @dataclass(frozen=True)
 class Timed:
-    """One measurement: what it found, whether that is reliable (see `Latency`), and how many seconds it took."""
+    """One measurement: what it found, whether that is reliable (see `Latency`), how many seconds it took, and whether
+    all models ran as CUDA graphs (None on the CPU)."""
 
     latency: BatchLatency
     reliable: bool = True
     seconds: float = 0.0
+    cuda_graphs: bool | None = None
 
 
 @dataclass
@@ -103,10 +106,11 @@ class Timer:
         for size in dict.fromkeys(size for _, size in asked):
             paths = [path for path, own in asked if own == size]
             feeds = [self.feeds(path, size) for path in paths]
-            ready = {str(p): prepare_run(self._open(p), own) for p, own in zip(paths, feeds, strict=True)}
+            ready = {str(p): self._ready(p, own) for p, own in zip(paths, feeds, strict=True)}
             times = measure_latency(ready, runs=self._rounds(size), min_seconds=1.0, seed=self.seed)
             for path in paths:
-                found[path, size] = Timed(BatchLatency(batch=size, merged=_timing(times[str(path)], size)))
+                timing = BatchLatency(batch=size, merged=_timing(times[str(path)], size))
+                found[path, size] = Timed(timing, cuda_graphs=ready[str(path)].cuda_graph)
         return found
 
     def against_originals(self, path: Path, size: int) -> Timed:
@@ -124,7 +128,7 @@ class Timer:
             runs=self._rounds(size),
             seed=self.seed,
         )
-        return Timed(self._record(found, size), found.reliable, time.perf_counter() - begun)
+        return Timed(self._record(found, size), found.reliable, time.perf_counter() - begun, found.cuda_graphs)
 
     def _rounds(self, size: int) -> int:
         return max(min(self.runs, FEWEST), self.runs // size)
@@ -147,6 +151,9 @@ class Timer:
 
     def _open(self, path: Path) -> "onnxruntime.InferenceSession":
         return open_session(path, providers=self.providers, threads=self.threads, spinning=False)
+
+    def _ready(self, path: Path, feeds: Feeds) -> TimedRun:
+        return timed_run(path, feeds, providers=self.providers, threads=self.threads, spinning=False)
 
     def _put_into_one_graph(self) -> None:
         """Write all originals into one file; equal weights stay apart in it."""

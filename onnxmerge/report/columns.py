@@ -199,7 +199,13 @@ def _memory(result: Result) -> list[Column]:
     separate = [c.memory_mb.separate for c in result.candidates if c.memory_mb.separate is not None]
     originals = significant(statistics.median(separate)) if separate else None
     cells = _cells(result, lambda c: c.memory_mb.merged, significant)
-    return [Column("memory", "MB", "mem.\nMB", cells, originals, 4)]
+    found = [Column("memory", "MB", "mem.\nMB", cells, originals, 4)]
+    on_device = _cells(result, lambda c: c.memory_mb.device_merged, significant)
+    if any(cell is not None for cell in on_device):
+        known = [c.memory_mb.device_separate for c in result.candidates if c.memory_mb.device_separate is not None]
+        originals = significant(statistics.median(known)) if known else None
+        found.append(Column("memory", "on the GPU, MB", "GPU\nMB", on_device, originals, 4))
+    return found
 
 
 def _calibration(result: Result) -> list[Column]:

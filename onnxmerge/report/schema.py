@@ -113,6 +113,9 @@ class MemoryRecord(_Record):
 
     merged: float | None = None
     separate: float | None = None
+    device_merged: float | None = None
+    """What the GPU holds more than before, in MB; None on the CPU."""
+    device_separate: float | None = None
 
 
 class GatedSpace(_Record):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxmerge.errors import UsageError
-from onnxmerge.runtime.session import open_session, prepare_run
+from onnxmerge.runtime.timed_run import timed_run
 
 WARMUP = 10
 """Untimed rounds: past cuDNN's search for algorithms, arena growth and cold caches."""
@@ -42,6 +42,8 @@ class Latency:
     """All rounds of each of the three, and of `unshared` where that was asked."""
     speedup_range: tuple[float, float]
     """Lowest and highest speedup over `BLOCKS` successive parts of the same measurement."""
+    cuda_graphs: bool | None = None
+    """Whether all models ran as CUDA graphs; None on the CPU."""
 
     @property
     def speedup(self) -> float:
@@ -96,8 +98,12 @@ def latency(
     if runs < BLOCKS:
         raise UsageError(f"{runs} timed runs are too few: at least {BLOCKS} are needed")
 
+    kinds: list[bool | None] = []
+
     def ready(model: str | Path | bytes, inputs: Feeds, spinning: bool) -> Callable[[], None]:
-        return prepare_run(open_session(model, providers=providers, threads=threads, spinning=spinning), inputs)
+        made = timed_run(model, inputs, providers=providers, threads=threads, spinning=spinning)
+        kinds.append(made.cuda_graph)
+        return made
 
     def ready_originals(spinning: bool) -> Callable[[], None]:
         originals = [ready(model, inputs, spinning) for model, inputs in zip(separate, separate_feeds, strict=True)]
@@ -123,6 +129,7 @@ def latency(
         **{name: float(np.median(times[name])) for name in ("merged", "separate", "separate_default")},
         times=times,
         speedup_range=(min(speedups), max(speedups)),
+        cuda_graphs=None if None in kinds else all(kinds),
     )
 
 

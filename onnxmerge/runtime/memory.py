@@ -6,6 +6,7 @@
 import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from onnxmerge.runtime.heap import return_memory
 from onnxmerge.runtime.session import open_session, prepare_run
 
 _STATUS, _SMAPS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/smaps_rollup"), Path("/proc/self/clear_refs")
+_PATIENCE = 10.0
+"""Seconds that nvidia-smi may take."""
 _RUNS = 3  # onnxruntime plans its arena in the first run of a shape and uses the plan from the second on
 
 
@@ -31,6 +34,8 @@ class Memory:
     """Unique set size (pages of this process alone) with all sessions open and run, what malloc keeps free returned."""
     peak_mb: float
     """The highest resident set size on the way there: reading the files, optimising the graphs, running them."""
+    device_mb: float | None
+    """What the GPU holds more than before, whoever else uses it; None on the CPU, or where nvidia-smi does not tell."""
 
 
 def measure_memory(
@@ -45,7 +50,7 @@ def measure_memory(
     Args:
         models: files; one for a merged model, all originals for the separate baseline.
         feeds: inputs of each model.
-        providers: short names, see `open_session`. Memory on a GPU is not counted.
+        providers: short names, see `open_session`.
         threads: threads inside one operator; None leaves the choice to onnxruntime.
 
     Returns:
@@ -106,14 +111,30 @@ def _measure(request: dict) -> Memory:
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")  # forget the peak of the imports
     unique, resident = _unique(), _kilobytes(_STATUS, "VmRSS")
+    on_device = _on_device(request["providers"])
     runs = [prepare_run(open_session(m, **options), f) for m, f in zip(request["models"], feeds, strict=True)]
     for run_once in runs * _RUNS:
         run_once()
     _settle()
+    device = _on_device(request["providers"])
     return Memory(
         unique_mb=(_unique() - unique) * 1024 / 1e6,
         peak_mb=(_kilobytes(_STATUS, "VmHWM") - resident) * 1024 / 1e6,
+        device_mb=None if device is None or on_device is None else device - on_device,
     )
+
+
+def _on_device(providers: Sequence[str]) -> float | None:
+    """MB that the GPU holds, of all processes together; None on the CPU, or where nvidia-smi does not tell."""
+    if providers[0] == "cpu":
+        return None
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    command = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE)
+        return float(told.stdout.splitlines()[0]) * 2**20 / 1e6  # it tells MiB
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def _one_node() -> bytes:

@@ -29,6 +29,9 @@ FREE_DIM = 32
 
 # The arena grows by what is asked for, so that memory figures mean something; TF32 would round weights to 10 bits.
 _CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+_GRAPH_OPTIONS = {"cuda": {"enable_cuda_graph": "1"}, "tensorrt": {"trt_cuda_graph_enable": "1"}}
+_GPU = "cuda"
+"""Where onnxruntime keeps the arrays of both GPU providers."""
 
 
 def open_session(
@@ -37,6 +40,7 @@ def open_session(
     providers: Sequence[str] = ("cpu",),
     threads: int | None = None,
     spinning: bool = True,
+    cuda_graph: bool = False,
 ) -> "onnxruntime.InferenceSession":
     """Open `model`, a file or the bytes of one, in onnxruntime.
 
@@ -46,12 +50,14 @@ def open_session(
         threads: threads inside one operator (`intra_op_num_threads`); None leaves the choice to onnxruntime.
         spinning: onnxruntime's default, whose worker threads keep spinning for a while after a run. False sets
             `session.force_spinning_stop`: they still spin inside a run, and stop when the last concurrent run returns.
+        cuda_graph: record what a run launches on the GPU and replay it from then on. The model must hold no control
+            flow and compute on the GPU alone, and be run by `prepare_run` with `outputs`.
 
     Raises:
         UsageError: no onnxruntime is installed, there is no such file, or a provider is unknown or cannot be used.
         ModelError: onnxruntime refuses the model.
     """
-    return _open(model, _options(threads, spinning), providers)
+    return _open(model, _options(threads, spinning), providers, cuda_graph=cuda_graph)
 
 
 def run(
@@ -72,11 +78,21 @@ def run(
     return dict(zip(names, arrays, strict=True))
 
 
-def prepare_run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
+def prepare_run(
+    session: "onnxruntime.InferenceSession",
+    feeds: Mapping[str, np.ndarray],
+    outputs: Mapping[str, np.ndarray] | None = None,
+) -> Callable[[], None]:
     """A function that runs `session` once on `feeds` and returns when the outputs are there, for timing.
 
     On a GPU, inputs are copied there beforehand and outputs stay there (IOBinding), so that copies are not timed. The
     function has run once when it is returned: inputs that do not fit are an error here, not in what is timed.
+
+    Args:
+        session: open.
+        feeds: the inputs.
+        outputs: arrays of the outputs' shapes and types: on a GPU each output then has one place from run to run, as a
+            CUDA graph needs it. None: onnxruntime finds a place in each run.
 
     Raises:
         UsageError: an input is missing, or its type or shape does not fit.
@@ -96,10 +112,15 @@ def prepare_run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, np.
     binding = session.io_binding()
     with _run_errors():
         for name, array in taken.items():
-            value = _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
+            value = _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), _GPU, 0)
             binding.bind_ortvalue_input(name, value)
         for output in session.get_outputs():
-            binding.bind_output(output.name, "cuda")
+            if outputs is None:
+                binding.bind_output(output.name, _GPU)
+                continue
+            like = outputs[output.name]
+            place = _onnxruntime().OrtValue.ortvalue_from_shape_and_type(like.shape, like.dtype.type, _GPU, 0)
+            binding.bind_ortvalue_output(output.name, place)
 
     def run_bound() -> None:
         session.run_with_iobinding(binding)
@@ -208,12 +229,17 @@ def _options(threads: int | None, spinning: bool) -> "onnxruntime.SessionOptions
 
 
 def _open(
-    model: str | Path | bytes, options: "onnxruntime.SessionOptions", providers: Sequence[str]
+    model: str | Path | bytes,
+    options: "onnxruntime.SessionOptions",
+    providers: Sequence[str],
+    *,
+    cuda_graph: bool = False,
 ) -> "onnxruntime.InferenceSession":
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise UsageError(f"{model}: no such file")
     wanted = _usable(providers)
-    pairs = [(PROVIDERS[name], _CUDA_OPTIONS if name == "cuda" else {}) for name in wanted]
+    extra = _GRAPH_OPTIONS if cuda_graph else {}
+    pairs = [(PROVIDERS[name], (_CUDA_OPTIONS if name == "cuda" else {}) | extra.get(name, {})) for name in wanted]
     source = model if isinstance(model, bytes) else str(model)
     try:
         # enable_fallback=0: otherwise onnxruntime retries on the CPU and says so on stdout only.
