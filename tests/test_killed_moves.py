@@ -14,6 +14,8 @@ from test_cli import tiny
 from onnxmerge.ir.load import load
 from onnxmerge.ir.save import save
 from onnxmerge.methods.candidates import Shelf
+from onnxmerge.methods.recipe import Recipe
+from onnxmerge.report.recipe import Made
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 STEPS = ("replace", "unlink")
@@ -85,7 +87,7 @@ def test_a_model_replaces_another(beside: tuple[bool, bool], tmp_path: Path) -> 
 
 
 def test_another_candidate_is_chosen(tmp_path: Path) -> None:
-    shelf, target = Shelf(tmp_path, {}, resume=True), tmp_path / "merged.onnx"
+    shelf, target = Shelf(tmp_path, Recipe(Made("zip", {}, {}, {}), [], ""), resume=True), tmp_path / "merged.onnx"
     for seed, name in enumerate("ab"):
         save(load(tiny(tmp_path / "original.onnx", seed)), shelf.model_path(name))
     shelf.choose("a")

@@ -46,7 +46,7 @@ def test_json_has_the_documented_keys_at_every_level() -> None:
         more = {"macs", "ensemble", "start", "shared_layers", "total_layers", "branches", "channels", "losses"}
         assert set(candidate) == contract | more
         assert set(candidate["latency_ms"]) == {"merged", "separate", "separate_default", "speedup"}
-        assert set(candidate["memory_mb"]) == {"merged", "separate"}
+        assert set(candidate["memory_mb"]) == {"merged", "separate", "device_merged", "device_separate"}
         for score in candidate["tasks"].values():
             assert set(score) == {"accuracy", "original_accuracy", "agreement", "relative_error"}
     assert list(stored["candidates"][0]["latency_ms"].values()) == [None] * 4

@@ -43,7 +43,7 @@ class Commands(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *others: Any, **more: Any) -> Any:
         """See `click.Command.main`."""
         given = sys.argv[1:] if args is None else args
-        if not given:  # the help
+        if not given or not more.get("standalone_mode", True):  # the help; a caller that wants exceptions
             return super().main(args, *others, **more)
         try:
             code = super().main(args, *others, **{**more, "standalone_mode": False})
@@ -53,7 +53,7 @@ class Commands(TyperGroup):
             hint = f" ({context.command_path} --help tells more)" if context is not None else ""
             print(f"onnxmerge: error: {sentence}{hint}", file=sys.stderr)
             code = error.exit_code
-        sys.exit(code)
+        sys.exit(code or 0)
 
 
 def _fail(messages: Sequence[object], code: int, verbose: bool) -> None:
