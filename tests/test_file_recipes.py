@@ -7,12 +7,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import yaml
 from test_cli import onnxmerge, pair, samples  # noqa: F401 (fixtures)
+from typer.main import get_command
 
 import onnxmerge as package
+from onnxmerge.cli.app import app
 from onnxmerge.cli.calibrate import calibrate
 from onnxmerge.cli.fuse import fuse
 from onnxmerge.cli.gate import gate
@@ -172,3 +175,40 @@ def test_options_that_are_left_out_mean_the_same_everywhere(command: object, set
             if isinstance(ours, tuple):
                 ours = ",".join(map(str, ours)) if isinstance(default, str) else list(ours)
             assert default == ours or (own.name == "start" and default == []), own.name
+
+
+ONLY_IN_PYTHON = {
+    "zip": {"measure", "rate"},
+    "fuse": {"measure", "rate", "ridge"},
+    "gate": {"measure", "milestones"},
+    "calibrate": {
+        *("feature_norm", "gamma", "label_weight", "milestones", "momentum"),
+        *("relative_rate", "schedule", "weight_decay"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("zip", package.ZipSettings),
+        ("fuse", package.FuseSettings),
+        ("gate", package.GateSettings),
+        ("calibrate", package.Settings),
+    ],
+)
+def test_settings_are_called_like_options(name: str, settings: type) -> None:
+    options = {option.removeprefix("--") for own in get_command(app).commands[name].params for option in own.opts}
+    unknown = {own.name for own in dataclasses.fields(settings) if own.name.replace("_", "-") not in options}
+    assert unknown == ONLY_IN_PYTHON[name]
+
+
+def test_labels_are_called_like_the_option(here: Path) -> None:
+    labels = np.arange(300) % 4
+    np.savez("labelled.npz", **np.load("samples.npz"), labels=labels)
+    assert onnxmerge("pack", "a.onnx", "b.onnx", "-o", "both.onnx")[0] == 0
+    teachers = ("--teacher", "a=a.onnx", "--teacher", "b=b.onnx", "--data", "labelled.npz", *SHORT)
+    code, _, stderr = onnxmerge("calibrate", "both.onnx", *teachers, "--labels", "--steps", 2, "-o", "out")
+    assert code == 0, stderr
+    step = told("out/merged.onnx")["recipe"]["steps"][-1]["calibrate"]
+    assert step["labels"] is True and "label-weight" not in step

@@ -21,7 +21,7 @@ from onnxmerge.ir.stored import is_external
 from onnxmerge.ir.surgeon import edited
 from onnxmerge.methods.passes import Found, find_pass, make_pass
 from onnxmerge.methods.same import TOLERANCE, Runs
-from onnxmerge.report.recipe import step_of, with_steps
+from onnxmerge.report.recipe import hashes, step_of, with_steps
 from onnxmerge.scratch import scratch
 from onnxmerge.user_code import guarded, imported
 
@@ -137,7 +137,7 @@ def apply_model(
             runs = after
         size, counts = stored_bytes(file), (parameter_count(load(path)), parameter_count(load(file)))
         options = {"model": model, "pass": passes, "set": settings, "edit": edits, "exact": exact or None}
-        told = step_of("apply", [path], {**options, "change_interface": change_interface or None})
+        told = step_of("apply", hashes([path]), {**options, "change_interface": change_interface or None})
         versions = {**told.versions, **{own.name: own.source for own in steps if own.source}}
         metadata = with_steps(stored.metadata_props, replace(told, versions=versions))
         with staged(current, target, metadata, beside=beside):

@@ -81,6 +81,8 @@ def calibrate_model(
     sources = sources_of(data, networks)
     tasks = _at_most(with_data(networks, sources, seed=settings.seed), samples, settings.seed)
     asked = {"merged": merged, "teacher": teachers, "data": sources, "steps": settings.steps, "samples": samples}
+    if settings.label_weight == 1:  # the option that the command line has for it
+        asked |= {"labels": True, "label_weight": None}
     recipe = recipe_of("calibrate", tasks, asked, settings, decides={"samples": samples}, reads=[merged])
     claimed = claim_folder(output, overwrite=overwrite or resume)
     with claimed as folder, scratch() as temporary:

@@ -17,7 +17,7 @@ from onnxmerge.ir.stored import is_external
 from onnxmerge.methods.recipe import TASKS
 from onnxmerge.passes.merge_identical_nodes import MergeIdenticalNodes
 from onnxmerge.passes.take_stream import TakeStream
-from onnxmerge.report.recipe import RECIPE, history, step_of, with_steps
+from onnxmerge.report.recipe import RECIPE, hashes, history, step_of, with_steps
 
 _TEXTS = ("doc_string", "graph_doc_string")
 
@@ -116,7 +116,7 @@ def _pass_inputs_through(graph: oir.Graph) -> None:
 
 def _restore_metadata(model: oir.Model, task: str, merged: Path) -> None:
     """The task's own metadata and texts, and how it came here."""
-    steps = [*history(model.metadata_props), step_of("extract", [merged], {"merged": merged, "task": task})]
+    steps = [*history(model.metadata_props), step_of("extract", hashes([merged]), {"merged": merged, "task": task})]
     prefix = f"{task}/"
     own = {key.removeprefix(prefix): text for key, text in model.metadata_props.items() if key.startswith(prefix)}
     own.pop(RECIPE, None)

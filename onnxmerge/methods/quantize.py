@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as oir
@@ -26,8 +26,8 @@ from onnxmerge.methods.parts import Part, part_outputs, parts_of
 from onnxmerge.methods.same import Runs
 from onnxmerge.methods.scoring import Tally
 from onnxmerge.passes.fold_batch_norm import FoldBatchNorm
-from onnxmerge.report.provenance import hardware, library_versions, sha256
-from onnxmerge.report.recipe import as_recipe, step_of, with_steps
+from onnxmerge.report.provenance import hardware, library_versions
+from onnxmerge.report.recipe import Made, as_recipe, hashes, step_of, with_steps
 from onnxmerge.report.schema import BoundCheck, Candidate, InputRecord, LatencyRecord, Result
 from onnxmerge.runtime.latency import latency
 from onnxmerge.runtime.quantize import Ranges, join_ranges, measure_ranges, quantize_int8, to_float16
@@ -94,7 +94,7 @@ def quantize_model(
     parts = parts_of(path, plain, data or [_NO_DATA], seed=seed)
     drawn = {"samples": samples, "seed": seed} if to == "int8" else {}
     given = {"model": path, "to": to, "data": data, "keep": keep, "max_drop": max_drop, **drawn}
-    step = step_of("quantize", [path], given)
+    step = step_of("quantize", hashes([path]), given)
     metadata = with_steps(stored.metadata_props, step)
     claimed = claim_file(output, overwrite=overwrite)
     with claimed as target, scratch() as folder:
@@ -135,7 +135,7 @@ def quantize_model(
         ]
         notes = [] if reliable else [unreliable_note(target)]
         notes += [f"The samples of {part.name} are made up: they say little." for part in parts if part.data.stand_in]
-        result = _result(path, parts, candidate, notes, as_recipe([step], target), checks)
+        result = _result(path, target, parts, candidate, notes, step, checks)
         if result.chosen is not None:
             save(made, target, metadata, beside=is_external(stored))
     return result, result.broken
@@ -262,16 +262,17 @@ def _latency(
 
 def _result(
     path: Path,
+    target: Path,
     parts: Sequence[Part],
     candidate: Candidate,
     notes: Sequence[str],
-    recipe: dict[str, Any],
+    step: Made,
     checks: Sequence[BoundCheck],
 ) -> Result:
     record = InputRecord(
         task=parts[0].name if len(parts) == 1 else path.stem,
         path=str(path),
-        sha256=sha256(path),
+        sha256=step.files[str(path)],
         parameters=candidate.parameters,
         bytes=stored_bytes(path),
     )
@@ -281,7 +282,7 @@ def _result(
         inputs=[record],
         candidates=[candidate],
         chosen=None,
-        recipe=recipe,
+        recipe=as_recipe([step], target),
         hardware=hardware(),
         notes=list(notes),
         checks=list(checks),

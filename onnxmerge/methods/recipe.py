@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onnxmerge.methods.task import Task
-from onnxmerge.report.recipe import Made, changed, step_of, with_steps
+from onnxmerge.report.recipe import Made, changed, hashes, step_of, with_steps
 
 TASKS = "onnxmerge.tasks"
 """The key of a merged model's metadata with its tasks, and what each one's inputs are called where `pack` tied them."""
@@ -47,12 +47,12 @@ def recipe_of(
     Args:
         command: its name.
         tasks: with their data; their models and sources decide what comes out.
-        given: what was given besides settings, by the names of arguments and options.
+        given: what was given besides settings, by the names of arguments and options; goes before a setting's name.
         settings: a dataclass object whose fields are called like options.
         decides: what else decides the candidates; the name of a setting takes that setting's place.
         reads: models that are read besides those of the tasks.
     """
-    step = step_of(command, [*reads, *(task.path for task in tasks)], {**given, **changed(settings)})
+    step = step_of(command, hashes([*reads, *(task.path for task in tasks)]), {**given, **changed(settings)} | given)
     basis = {
         "command": command,
         "models": [*([step.files[str(path)]] for path in reads), *(_of(task, step) for task in tasks)],

@@ -196,15 +196,17 @@ def _latency(result: Result) -> list[Column]:
 
 
 def _memory(result: Result) -> list[Column]:
-    separate = [c.memory_mb.separate for c in result.candidates if c.memory_mb.separate is not None]
-    originals = significant(statistics.median(separate)) if separate else None
-    cells = _cells(result, lambda c: c.memory_mb.merged, significant)
-    found = [Column("memory", "MB", "mem.\nMB", cells, originals, 4)]
-    on_device = _cells(result, lambda c: c.memory_mb.device_merged, significant)
-    if any(cell is not None for cell in on_device):
-        known = [c.memory_mb.device_separate for c in result.candidates if c.memory_mb.device_separate is not None]
-        originals = significant(statistics.median(known)) if known else None
-        found.append(Column("memory", "on the GPU, MB", "GPU\nMB", on_device, originals, 4))
+    records = [candidate.memory_mb for candidate in result.candidates]
+
+    def column(title: str, short: str, merged: list[float | None], separate: list[float | None]) -> Column:
+        known = [value for value in separate if value is not None]
+        cells = [None if value is None else significant(value) for value in merged]
+        return Column("memory", title, short, cells, significant(statistics.median(known)) if known else None, 4)
+
+    found = [column("MB", "mem.\nMB", [own.merged for own in records], [own.separate for own in records])]
+    if any(own.device_merged is not None for own in records):
+        merged, separate = [own.device_merged for own in records], [own.device_separate for own in records]
+        found.append(column("on the GPU, MB", "GPU\nMB", merged, separate))
     return found
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from onnxmerge.report.figures import shortened, significant
 from onnxmerge.report.schema import Candidate, Result
 from onnxmerge.report.summary import original_bytes
-from onnxmerge.report.svg import MUTED, SERIES, Plot, drawing, row_of_panels, to_svg
+from onnxmerge.report.svg import MUTED, SERIES, Plot, drawing, panels, to_svg
 
 _MOST = 16
 """Candidates that are drawn, the chosen one among them."""
@@ -78,7 +78,7 @@ def _drawn(costs: Sequence[_Cost], names: Sequence[str], chosen: Sequence[bool])
     labels = ["originals, defaults", "originals", *names]
     known = [own.with_defaults is not None for own in costs]
     first = 0 if any(known) else 1
-    figure, axes = row_of_panels(len(costs), 0.75 + 0.24 * (len(labels) - first))
+    figure, axes = panels(len(costs), 0.75 + 0.24 * (len(labels) - first), len(costs))
     for axis, own in zip(axes, costs, strict=True):
         values = [own.with_defaults, own.of_originals, *own.of_candidates]
         largest = max(value for value in values if value is not None)

@@ -39,15 +39,20 @@ class Made:
 _STEPS = TypeAdapter(list[Made])
 
 
-def step_of(command: str, reads: Iterable[str | os.PathLike[str]], options: Mapping[str, Any]) -> Made:
+def hashes(models: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+    """SHA-256 of each file, by its path."""
+    return {str(path): sha256(path) for path in models}
+
+
+def step_of(command: str, files: Mapping[str, str], options: Mapping[str, Any]) -> Made:
     """The step that runs `command` now.
 
     Args:
         command: its name.
-        reads: the models that it reads.
+        files: the models that it reads (see `hashes`).
         options: by their names in Python; None and what is empty was not given.
     """
-    return Made(command, _given(options), {str(path): sha256(path) for path in reads}, library_versions())
+    return Made(command, _given(options), files, library_versions())
 
 
 def recipe_of_call(command: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,21 +89,15 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the page with `number` panels, each `height` inches high, two in a row."""
-    across = min(2, number)
+def panels(number: int, height: float, most_across: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the page with `number` panels, each `height` inches high, at most so many in a row."""
+    across = min(most_across, number)
     down = -(-number // across)
     figure = Figure(figsize=(10.4, height * down), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08))
     axes = figure.subplots(down, across, squeeze=False).ravel().tolist()
     for empty in axes[number:]:
         empty.set_axis_off()
     return figure, axes[:number]
-
-
-def row_of_panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the page with `number` panels beside each other, `height` inches high."""
-    figure = Figure(figsize=(10.4, height), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08))
-    return figure, figure.subplots(1, number, squeeze=False).ravel().tolist()
 
 
 def narrow_panel(height: float) -> tuple[Figure, Axes]:

@@ -84,7 +84,7 @@ def pack_models(
         packed = pack_graphs(graphs, asked, separate=separate_inputs)
         step = step_of(
             "pack",
-            paths.values(),
+            {record.path: record.sha256 for record in records},
             {"models": models, "share_input": share_inputs, "separate_inputs": separate_inputs or None},
         )
         metadata = with_steps({**metadata, TASKS: json.dumps(packed.inputs)}, step)
