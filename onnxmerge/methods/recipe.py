@@ -52,7 +52,8 @@ def recipe_of(
         decides: what else decides the candidates; the name of a setting takes that setting's place.
         reads: models that are read besides those of the tasks.
     """
-    step = step_of(command, hashes([*reads, *(task.path for task in tasks)]), {**given, **changed(settings)} | given)
+    options = {**given, **changed(settings), **given}  # in the order of what was given, whose values hold
+    step = step_of(command, hashes([*reads, *(task.path for task in tasks)]), options)
     basis = {
         "command": command,
         "models": [*([step.files[str(path)]] for path in reads), *(_of(task, step) for task in tasks)],
